@@ -1,0 +1,84 @@
+"""What every engine offers: it gets images in their final size and questions, it gives answers.
+
+An engine knows nothing of cameras, focal lengths or metres; the estimator does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class EngineInfo:
+    """What was loaded and why so; printed at start and published in the diagnostics.
+
+    Attributes:
+        engine: name of the engine, such as "transformers".
+        model: folder or hub id the weights came from.
+        architecture: `model_type` of its config.json ("qwen3_vl", "qwen2_5_vl", "llava").
+        device: such as "cpu" or "cuda:0".
+        dtype: such as "float32".
+        reasons: why this device and dtype, one sentence each.
+        parameters: number of parameters.
+        dense: whether the checkpoint has a depth head.
+    """
+
+    engine: str
+    model: str
+    architecture: str
+    device: str
+    dtype: str
+    reasons: tuple[str, ...]
+    parameters: int
+    dense: bool
+
+
+@dataclass(frozen=True)
+class ImageGrid:
+    """The sizes that the model's processor leaves alone.
+
+    Attributes:
+        multiple: width and height are whole multiples of this many pixels (patch times merge).
+        min_pixels: smallest number of pixels that isn't scaled up.
+        max_pixels: largest number of pixels that isn't scaled down.
+    """
+
+    multiple: int
+    min_pixels: int
+    max_pixels: int
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One greedy answer.
+
+    Attributes:
+        text: decoded text without special tokens.
+        token_ids: the generated ids, end-of-sequence included where it was reached.
+        confidence: probability of the tokens that carry the last number in the answer, the product
+            of their greedy probabilities in [0, 1]; 0 when there is no number.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    confidence: float
+
+
+class Engine(Protocol):
+    """Answers questions about images. Not re-entrant: one caller at a time."""
+
+    info: EngineInfo
+    grid: ImageGrid
+
+    def answer_shared(self, image: np.ndarray, questions: Sequence[str], max_new_tokens: int) -> list[Answer]:
+        """Answers many questions about one (H, W, 3) uint8 RGB image, encoded once."""
+
+    def answer_each(self, images: Sequence[np.ndarray], questions: Sequence[str], max_new_tokens: int) -> list[Answer]:
+        """Answers question i about image i."""
+
+    def depth_map(self, image: np.ndarray, question: str) -> np.ndarray:
+        """The dense head's (H', W') float32 output in metres; H', W' = the processor's final size."""

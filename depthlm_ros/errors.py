@@ -1,0 +1,52 @@
+"""The error classes of the package: one for each kind of failure a user can cause and mend.
+
+Every message names the value that was seen and says what to do about it.
+"""
+
+
+class DepthLMError(Exception):
+    """Base of all errors that this package raises on purpose."""
+
+
+class CameraError(DepthLMError):
+    """Intrinsics that can't be used: uncalibrated, non-finite, of another size than the image."""
+
+
+class DistortionModelError(CameraError):
+    """A distortion model that the package doesn't know, or with a wrong number of coefficients."""
+
+
+class ImageError(DepthLMError):
+    """An image that can't be decoded: unknown encoding, truncated data, wrong step."""
+
+
+class PixelError(DepthLMError):
+    """Pixels that can't be asked: wrong shape, non-finite, outside the image."""
+
+
+class ConfigError(DepthLMError):
+    """An unknown key or a value out of range in a parameter, a card or a command line."""
+
+
+class ModelError(DepthLMError):
+    """A model that can't be loaded: missing weights, unknown architecture, unsafe format."""
+
+
+class DialectError(ModelError):
+    """A dialect that the model doesn't speak."""
+
+
+class EngineError(DepthLMError):
+    """An engine that failed while answering."""
+
+
+class BagError(DepthLMError):
+    """A recording that can't be read or written, or lacks a topic."""
+
+
+class DatasetError(DepthLMError):
+    """A labels file or one of its rows that can't be used."""
+
+
+class MissingDependencyError(DepthLMError):
+    """An optional package that isn't installed; the message holds the line that installs it."""
