@@ -3,6 +3,19 @@
 Every message names the value that was seen and says what to do about it.
 """
 
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+def unknown_choice(kind: str, seen: str, known: Iterable[str]) -> str:
+    """The message for a name that isn't known: what was seen, the nearest valid name, and all of them."""
+    known = [str(name) for name in known]
+    nearest = difflib.get_close_matches(str(seen), known, n=1, cutoff=0.0)
+    hint = f"did you mean {nearest[0]!r}? " if nearest else ""
+    return f"unknown {kind} {str(seen)!r}; {hint}known: {', '.join(known) or 'none'}"
+
 
 class DepthLMError(Exception):
     """Base of all errors that this package raises on purpose."""
