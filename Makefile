@@ -1,0 +1,77 @@
+# make demo    the shipped recording through the node: numbers, a report and a cloud in results/latest/
+# make test    all tests
+# make env     only the environment, in .venv/ (the two above make it when it is missing)
+# make lint    ruff
+# make clean   removes the environment, results and build products
+
+PYTHON ?= python3
+VENV ?= .venv
+# Installed first and alone: what follows accepts it as it is, where a bare "torch" may bring gigabytes of CUDA along.
+# These are arguments of pip, so an index of CPU builds fits in here too.
+TORCH ?= torch==2.13.0
+PYTEST_ARGS ?=
+RESULTS ?= results/latest
+
+comma := ,
+PIP_LOG := $(VENV)/pip.log
+
+# A sourced ROS 2 is used as it is; otherwise ROS comes from PyPI into the environment, and what another environment's
+# ROS has left in the variables stays outside (the wheels restart Python once, guarded by the first of them).
+ifeq ($(ROS_VERSION),2)
+ROS := sourced
+VENV_ARGS := --system-site-packages
+EXTRAS := test
+else
+ROS := wheels
+VENV_ARGS :=
+EXTRAS := test,ros
+ifdef _ROS_WHEELS_BOOTSTRAP_COMPLETE
+unexport LD_LIBRARY_PATH
+endif
+unexport _ROS_WHEELS_BOOTSTRAP_COMPLETE PYTHONPATH AMENT_PREFIX_PATH COLCON_PREFIX_PATH
+endif
+unexport PYTHONHOME
+
+READY := $(VENV)/.ready-$(ROS)
+
+# $(1) what is said, $(2) pip's arguments. Its output is shown only when it fails.
+pip_install = echo "  $(1)"; $(VENV)/bin/python -m pip install --quiet --no-input --disable-pip-version-check $(2) \
+	> $(PIP_LOG) 2>&1 || { cat $(PIP_LOG) >&2; echo "make: pip could not install $(1); the lines above say why" >&2; exit 1; }
+
+.PHONY: demo test env lint clean
+.DEFAULT_GOAL := help
+
+.PHONY: help
+help:
+	@sed -n 's/^# \(make .*\)/\1/p' Makefile
+
+demo: $(READY)
+	@mkdir -p $(RESULTS)
+	@HF_HUB_OFFLINE=1 $(VENV)/bin/python -m depthlm_ros.cli replay models/sample_drive --out $(RESULTS)
+
+test: $(READY)
+	@ROS_PYTHON_CHECK_FIELDS=1 HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest -p no:cacheprovider $(PYTEST_ARGS)
+
+env: $(READY)
+
+lint: $(READY)
+	@$(VENV)/bin/python -m ruff --version > /dev/null 2>&1 || { $(call pip_install,ruff,-e '.[lint]' --no-build-isolation); }
+	@$(VENV)/bin/python -m ruff check .
+
+$(READY): setup.py Makefile
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+		echo "make: Python 3.10 or newer is needed and \"$(PYTHON)\" is not; name one: make PYTHON=python3.12" >&2; exit 1; }
+	@echo "Making the environment in $(VENV)/ (once; several minutes with a slow connection):"
+	@rm -f $(VENV)/.ready-*
+	@$(PYTHON) -m venv --clear $(VENV_ARGS) $(VENV)
+	@$(call pip_install,$(TORCH),$(TORCH))
+	@$(call pip_install,build tools,'setuptools>=70.1$(comma)<80' wheel)
+	@$(call pip_install,this package and what it needs,--no-build-isolation -e '.[$(EXTRAS)]')
+	@$(VENV)/bin/python -c 'import rclpy' || { \
+		echo "make: rclpy does not import with $$($(VENV)/bin/python -V). Name the Python of the sourced ROS 2" \
+		     "(make PYTHON=...), or use a shell where ROS is not sourced." >&2; exit 1; }
+	@touch $@
+
+clean:
+	rm -rf $(VENV) results build install log *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""From rendered scenes to a checkpoint: `scenes` -> `data` -> `dense` / `sft` -> `demo` (one command)."""
