@@ -33,6 +33,10 @@ class ImageError(DepthLMError):
     """An image that can't be decoded: unknown encoding, truncated data, wrong step."""
 
 
+class CloudError(DepthLMError):
+    """A point cloud that can't be built or read: arrays, fields, steps that don't fit together."""
+
+
 class PixelError(DepthLMError):
     """Pixels that can't be asked: wrong shape, non-finite, outside the image."""
 
