@@ -28,8 +28,6 @@ setup(
     name=NAME,
     version=VERSION,
     description="Metric 3D from any RGB camera with a vision-language model, as a ROS 2 package",
-    long_description=Path("README.md").read_text(encoding="utf-8"),
-    long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=[NAME, f"{NAME}.*"])

@@ -1,8 +1,8 @@
 """What all tests share: a world of their own (environment, ROS domain) and small random checkpoints.
 
 About the ROS wheels from PyPI: they restart Python once, before anything else runs (a .pth file), with LD_LIBRARY_PATH
-pointing at their libraries and `_ROS_WHEELS_BOOTSTRAP_COMPLETE` set so that it happens once. Pytest therefore only
-ever sees the restarted interpreter, with its arguments and standard input whole. A child that gets our environment starts
+pointing at their libraries and `_ROS_WHEELS_BOOTSTRAP_COMPLETE` set so that it happens once. Pytest therefore
+only ever sees the restarted interpreter, arguments and standard input whole. A child with our environment starts
 without a restart. A child that runs *another* environment's Python must get neither variable: `foreign_environment`.
 """
 
