@@ -1,0 +1,285 @@
+"""Focal-length unification: every model was trained on images of one focal length, so it is shown such images.
+
+Two policies. `published` is what the released DepthLM weights saw: one scale from fx, sizes and pixels
+truncated to integers (DepthLM_Official, utils/datasets.py). `exact` has fx' = fy' = the asked focal length, no
+distortion, one antialiased resample and a size that the model's processor leaves alone.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import cv2
+import numpy as np
+from PIL import Image
+
+from depthlm_ros.errors import CameraError, ConfigError, ImageError, PixelError
+from depthlm_ros.lens import Distortion
+
+if TYPE_CHECKING:
+    from depthlm_ros.camera import Camera
+    from depthlm_ros.engines.base import ImageGrid
+
+POLICIES = ("published", "exact")
+
+# 64 megapixels: no model reads more, and a wrong focal length shouldn't fill the memory.
+MAX_VIEW_PIXELS = 1 << 26
+# A flat image of a wide lens grows with tan(angle); beyond 60 degrees off the axis it is mostly stretched edge.
+MAX_VIEW_TANGENT = math.tan(math.radians(60.0))
+# Sizes within a hundred-thousandth of a pixel of a whole number are that number.
+_SIZE_TOLERANCE = 1e-5
+# A remap reads at most this many times more samples per axis than it keeps; beyond, the source is reduced first.
+_MAX_OVERSAMPLING = 4
+_NOWHERE = -10_000.0
+
+
+@dataclass(frozen=True)
+class UnifiedView:
+    """The image a model sees and how its pixels relate to the source image's.
+
+    Attributes:
+        image: (H', W', 3) uint8 RGB.
+        camera: intrinsics of `image`, without distortion.
+        policy: "published" or "exact".
+        source: the camera of the image it was made from.
+    """
+
+    image: np.ndarray
+    camera: Camera
+    policy: str
+    source: Camera
+
+    def from_source(self, pixels: np.ndarray) -> np.ndarray:
+        """Maps source pixels (N, 2) to view pixels (N, 2) float64.
+
+        `exact`: sub-pixel, u' = (u + 0.5) f / fx - 0.5 for a lens without distortion. `published`: whole numbers,
+        truncated toward zero like the authors'. NaN where the lens model has no ray.
+        """
+        source, view = self.source, self.camera
+        if self.policy == "exact":
+            return view.project(source.rays(pixels))
+        ideal = np.asarray(pixels, np.float64)
+        if not source.distortion.is_identity:
+            ideal = _without_distortion(source).project(source.rays(pixels))
+        # The authors' own order of operations: the truncation makes the last bit matter.
+        gain = np.array([view.fx / source.fx, view.fy / source.fy])
+        return np.trunc((ideal - (source.cx, source.cy)) * gain + (view.cx, view.cy))
+
+    def to_source(self, view_pixels: np.ndarray) -> np.ndarray:
+        """Maps view pixels (N, 2) to source pixels (N, 2) float64 along the same ray, without truncation."""
+        return self.source.project(self.camera.rays(view_pixels))
+
+    def inside(self, view_pixels: np.ndarray) -> np.ndarray:
+        """(N,) bool: view pixels that lie on the view; False for NaN."""
+        return self.camera.contains(view_pixels)
+
+
+def unify(
+    image: np.ndarray, camera: Camera, focal_px: float, policy: str, grid: ImageGrid | None = None
+) -> UnifiedView:
+    """Shows an image at the focal length that a model was trained with.
+
+    `published` (DepthLM): s = f / fx, size int(W s) x int(H s), Pillow's BICUBIC, all four intrinsics times s, so
+    fy' stays unequal to f where fx and fy differ. The authors' undistort step before it passes zero
+    coefficients and on OpenCV 4.10 to 5.0 returns the image byte for byte, so it isn't repeated here. Their
+    images had no lens distortion: a lens with distortion is undistorted first with unchanged K, and what
+    falls outside of that frame can't be asked. `grid` isn't used: their processor resampled once more.
+
+    `exact`: a source pixel u lands on u' = (u + 0.5) f / fx - 0.5. The view covers the whole source, for a lens
+    with distortion up to 60 degrees off the axis, and is filled up to a whole multiple of `grid.multiple` and
+    to `grid.min_pixels` by repeating the last column and row. Inside the frame of an undistorted image, what
+    the lens didn't see is black.
+
+    Args:
+        image: (H, W, 3) uint8 RGB.
+        camera: intrinsics of `image`.
+        focal_px: the model's focal length in pixels.
+        policy: "published" or "exact".
+        grid: the sizes that the model's processor leaves alone.
+
+    Raises:
+        ImageError: not an (H, W, 3) uint8 image.
+        CameraError: the camera is of another size, or the view would be empty or have too many pixels.
+        ConfigError: an unknown policy or a focal length that isn't positive.
+    """
+    if policy not in POLICIES:
+        near = difflib.get_close_matches(str(policy), POLICIES, n=1, cutoff=0.0)[0]
+        raise ConfigError(f"unknown policy {policy!r}; did you mean {near!r}? Known are {', '.join(POLICIES)}")
+    if not (math.isfinite(focal_px) and focal_px > 0):
+        raise ConfigError(f"focal length {focal_px}; pass the model's unified focal length in pixels, above zero")
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise ImageError(f"image is {image.dtype} of shape {image.shape}; pass (H, W, 3) uint8 RGB")
+    if image.shape[:2] != (camera.height, camera.width):
+        raise CameraError(
+            f"the image is {image.shape[1]}x{image.shape[0]} but its camera is {camera.width}x{camera.height}; "
+            "pass the intrinsics of this image"
+        )
+    if policy == "published":
+        return _published(image, camera, float(focal_px))
+    view_camera, content = _exact_camera(camera, float(focal_px), grid)
+    if camera.distortion.is_identity:
+        seen = _resize(image, camera, float(focal_px), content)
+    else:
+        seen = _remap(image, camera, replace(view_camera, width=content[0], height=content[1]))
+    right, bottom = view_camera.width - seen.shape[1], view_camera.height - seen.shape[0]
+    if right or bottom:
+        seen = cv2.copyMakeBorder(seen, 0, bottom, 0, right, cv2.BORDER_REPLICATE)
+    return UnifiedView(seen, view_camera, policy, camera)
+
+
+def sample_map(depth_map: np.ndarray, view_pixels: np.ndarray, method: str = "bilinear") -> np.ndarray:
+    """Reads a map at sub-pixel places.
+
+    Args:
+        depth_map: (H, W); integer coordinates are its pixel centres.
+        view_pixels: (N, 2) `(u, v)`; NaN rows and rows off the map give NaN.
+        method: "nearest", or "bilinear", which is NaN where one of the values it weighs is NaN.
+
+    Returns:
+        (N,) float32.
+    """
+    if method not in ("bilinear", "nearest"):
+        raise ConfigError(f"unknown sampling method {method!r}; use 'bilinear' or 'nearest'")
+    pixels = np.asarray(view_pixels, np.float64)
+    if pixels.ndim != 2 or pixels.shape[1] != 2:
+        raise PixelError(f"pixels have shape {pixels.shape}; pass an (N, 2) array of (u, v)")
+    size = np.array([depth_map.shape[1], depth_map.shape[0]])
+    on_map = ((pixels >= -0.5) & (pixels < size - 0.5)).all(axis=1)
+    out = np.full(len(pixels), np.nan, np.float32)
+    at = np.clip(pixels[on_map], 0, size - 1)
+    if method == "nearest":
+        column, row = np.floor(at + 0.5).astype(np.intp).T
+        out[on_map] = depth_map[row, column]
+        return out
+    low = np.floor(at).astype(np.intp)
+    high = np.minimum(low + 1, size - 1)
+    weight = at - low
+    total = np.zeros(len(at))
+    for column, weight_u in ((low[:, 0], 1 - weight[:, 0]), (high[:, 0], weight[:, 0])):
+        for row, weight_v in ((low[:, 1], 1 - weight[:, 1]), (high[:, 1], weight[:, 1])):
+            share = weight_u * weight_v
+            # A neighbour without weight must not spread its NaN.
+            total += np.where(share > 0, depth_map[row, column] * share, 0.0)
+    out[on_map] = total
+    return out
+
+
+def _without_distortion(camera: Camera) -> Camera:
+    return replace(camera, distortion=Distortion())
+
+
+def _published(image: np.ndarray, camera: Camera, focal_px: float) -> UnifiedView:
+    scale = focal_px / camera.fx
+    width, height = int(camera.width * scale), int(camera.height * scale)
+    _check_size(width, height, camera, focal_px, MAX_VIEW_PIXELS)
+    if not camera.distortion.is_identity:
+        image = _remap(image, camera, _without_distortion(camera))
+    resized = Image.fromarray(np.ascontiguousarray(image)).resize((width, height), Image.Resampling.BICUBIC)
+    view_camera = replace(
+        camera, fx=camera.fx * scale, fy=camera.fy * scale, cx=camera.cx * scale, cy=camera.cy * scale,
+        width=width, height=height, distortion=Distortion(),
+    )  # fmt: skip
+    return UnifiedView(np.asarray(resized), view_camera, "published", camera)
+
+
+def _check_size(width: int, height: int, camera: Camera, focal_px: float, max_pixels: int) -> None:
+    if width < 1 or height < 1 or width * height > max_pixels:
+        raise CameraError(
+            f"at a focal length of {focal_px:g} px this {camera.width}x{camera.height} image with fx "
+            f"{camera.fx:g} px becomes {width}x{height}; the limit is 1 to {max_pixels} pixels. Check the unit of "
+            "the intrinsics (pixels), or crop the image and its camera to the region of interest"
+        )
+
+
+@lru_cache(maxsize=16)
+def _exact_camera(camera: Camera, focal_px: float, grid: ImageGrid | None) -> tuple[Camera, tuple[int, int]]:
+    """The view's camera and the (width, height) of that part of it which shows the source."""
+    left, top, right, bottom = _field(camera)
+    content = tuple(math.ceil(span * focal_px - _SIZE_TOLERANCE) for span in (right - left, bottom - top))
+    multiple, min_pixels, max_pixels = (1, 1, MAX_VIEW_PIXELS)
+    if grid is not None:
+        multiple, min_pixels, max_pixels = grid.multiple, grid.min_pixels, min(grid.max_pixels, MAX_VIEW_PIXELS)
+    width, height = _filled_size(content, multiple, min_pixels)
+    _check_size(width, height, camera, focal_px, max_pixels)
+    view_camera = replace(
+        camera, fx=focal_px, fy=focal_px, cx=-left * focal_px - 0.5, cy=-top * focal_px - 0.5,
+        width=width, height=height, distortion=Distortion(),
+    )  # fmt: skip
+    return view_camera, content
+
+
+def _field(camera: Camera) -> tuple[float, float, float, float]:
+    """Left, top, right, bottom of what the camera sees, as tangents (normalised coordinates)."""
+    if camera.distortion.is_identity:
+        corners = np.array([[-0.5, -0.5], [camera.width - 0.5, camera.height - 0.5]])
+        (left, top), (right, bottom) = (corners - (camera.cx, camera.cy)) / (camera.fx, camera.fy)
+        return left, top, right, bottom
+    columns, rows = np.linspace(-0.5, camera.width - 0.5, 129), np.linspace(-0.5, camera.height - 0.5, 129)
+    mesh = np.stack(np.meshgrid(columns, rows), axis=-1).reshape(-1, 2)
+    # The extremes lie on the border, which is therefore read at every pixel, unless the lens ends before it.
+    u, v = np.arange(camera.width + 1) - 0.5, np.arange(camera.height + 1) - 0.5
+    border = [np.stack(np.broadcast_arrays(u, edge), axis=-1) for edge in (rows[0], rows[-1])]
+    border += [np.stack(np.broadcast_arrays(edge, v), axis=-1) for edge in (columns[0], columns[-1])]
+    seen = camera.rays(np.concatenate([mesh, *border]))[:, :2]
+    seen = np.clip(seen[np.isfinite(seen).all(axis=1)], -MAX_VIEW_TANGENT, MAX_VIEW_TANGENT)
+    if len(seen) == 0:
+        raise CameraError(f"the lens model {camera.distortion} has no ray for any pixel; calibrate the camera again")
+    return (*seen.min(axis=0), *seen.max(axis=0))
+
+
+def _filled_size(content: tuple[int, int], multiple: int, min_pixels: int) -> tuple[int, int]:
+    """The least whole multiples that hold the content and have enough pixels, growing the shorter side first."""
+    width, height = (math.ceil(max(side, 1) / multiple) * multiple for side in content)
+    while width * height < min_pixels:
+        if width <= height:
+            width += multiple
+        else:
+            height += multiple
+    return width, height
+
+
+def _resize(image: np.ndarray, camera: Camera, focal_px: float, content: tuple[int, int]) -> np.ndarray:
+    box = (content[0] * camera.fx / focal_px, content[1] * camera.fy / focal_px)
+    # The last column and row of the view may reach over the source's edge by less than one view pixel.
+    right = max(0, math.ceil(box[0] - camera.width))
+    bottom = max(0, math.ceil(box[1] - camera.height))
+    if right or bottom:
+        image = cv2.copyMakeBorder(image, 0, bottom, 0, right, cv2.BORDER_REPLICATE)
+    box = (min(box[0], image.shape[1]), min(box[1], image.shape[0]))
+    picture = Image.fromarray(np.ascontiguousarray(image))
+    return np.asarray(picture.resize(content, Image.Resampling.BICUBIC, box=(0.0, 0.0, *box)))
+
+
+def _remap(image: np.ndarray, source: Camera, view: Camera) -> np.ndarray:
+    """Samples a distorted image on the view's pixels; black where the source has none."""
+    size, maps, samples = _remap_tables(source, view)
+    if size != (source.width, source.height):
+        image = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+    # OpenCV reads no image of one row or column past its last sample, so nothing special is needed at the edge.
+    out = cv2.remap(np.ascontiguousarray(image), *maps, cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT)
+    return out if samples == 1 else cv2.resize(out, (view.width, view.height), interpolation=cv2.INTER_AREA)
+
+
+@lru_cache(maxsize=4)
+def _remap_tables(source: Camera, view: Camera) -> tuple[tuple[int, int], tuple[np.ndarray, np.ndarray], int]:
+    """What `_remap` needs: size the source is reduced to first, fixed-point maps, samples per view pixel and axis.
+
+    Each view pixel is the mean of samples x samples places, so shrinking doesn't alias.
+    """
+    shrink = max(source.fx / view.fx, source.fy / view.fy)
+    samples = min(max(1, math.ceil(shrink - _SIZE_TOLERANCE)), _MAX_OVERSAMPLING)
+    reduction = min(1.0, samples / shrink)
+    size = (max(1, round(source.width * reduction)), max(1, round(source.height * reduction)))
+    u = (np.arange(view.width * samples) + 0.5) / samples - 0.5
+    v = (np.arange(view.height * samples) + 0.5) / samples - 0.5
+    at = source.project(view.rays(np.stack(np.meshgrid(u, v), axis=-1)))
+    seen = source.contains(at)
+    gain = np.array([size[0] / source.width, size[1] / source.height])
+    at = np.clip((at + 0.5) * gain - 0.5, 0, np.array(size) - 1)
+    at[~seen] = _NOWHERE
+    maps = cv2.convertMaps(at.astype(np.float32), None, cv2.CV_16SC2)
+    return size, maps, samples
