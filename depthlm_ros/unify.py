@@ -35,6 +35,7 @@ _SIZE_TOLERANCE = 1e-5
 # A remap reads at most this many times more samples per axis than it keeps; beyond, the source is reduced first.
 _MAX_OVERSAMPLING = 4
 _NOWHERE = -10_000.0
+_ROWS_AT_ONCE = 256
 
 
 @dataclass(frozen=True)
@@ -85,9 +86,10 @@ def unify(
 
     `published` (DepthLM): s = f / fx, size int(W s) x int(H s), Pillow's BICUBIC, all four intrinsics times s, so
     fy' stays unequal to f where fx and fy differ. The authors' undistort step before it passes zero
-    coefficients and on OpenCV 4.10 to 5.0 returns the image byte for byte, so it isn't repeated here. Their
-    images had no lens distortion: a lens with distortion is undistorted first with unchanged K, and what
-    falls outside of that frame can't be asked. `grid` isn't used: their processor resampled once more.
+    coefficients and on OpenCV 4.10 to 5.0 returns the image byte for byte, so the image is left alone and only
+    that step's rounding of K is kept. Their images had no lens distortion: a lens with distortion is
+    undistorted first with unchanged K, and what falls outside of that frame can't be asked. `grid` isn't
+    used: their processor resampled once more.
 
     `exact`: a source pixel u lands on u' = (u + 0.5) f / fx - 0.5. The view covers the whole source, for a lens
     with distortion up to 60 degrees off the axis, and is filled up to a whole multiple of `grid.multiple` and
@@ -173,17 +175,34 @@ def _without_distortion(camera: Camera) -> Camera:
 
 
 def _published(image: np.ndarray, camera: Camera, focal_px: float) -> UnifiedView:
-    scale = focal_px / camera.fx
+    fx, fy, cx, cy = _authors_intrinsics(camera)
+    scale = focal_px / fx
     width, height = int(camera.width * scale), int(camera.height * scale)
     _check_size(width, height, camera, focal_px, MAX_VIEW_PIXELS)
     if not camera.distortion.is_identity:
         image = _remap(image, camera, _without_distortion(camera))
     resized = Image.fromarray(np.ascontiguousarray(image)).resize((width, height), Image.Resampling.BICUBIC)
     view_camera = replace(
-        camera, fx=camera.fx * scale, fy=camera.fy * scale, cx=camera.cx * scale, cy=camera.cy * scale,
+        camera, fx=fx * scale, fy=fy * scale, cx=cx * scale, cy=cy * scale,
         width=width, height=height, distortion=Distortion(),
     )  # fmt: skip
     return UnifiedView(np.asarray(resized), view_camera, "published", camera)
+
+
+def _authors_intrinsics(camera: Camera) -> tuple[float, float, float, float]:
+    """K as it leaves the authors' undistort step: the same but for the last bit.
+
+    Where fx and fy differ by more than 1e-3 they pass K through cv2.getOptimalNewCameraMatrix with zero
+    coefficients and alpha = 1, which fits the frame to the undistorted border. In OpenCV 4.10 to 5.0 that is
+    the identity with these roundings (4.5 scaled by (W - 1) / W); truncated pixels and sizes can hang on them.
+    """
+    if abs(camera.fx - camera.fy) <= 1e-3 or camera.width == 1 or camera.height == 1:
+        return camera.fx, camera.fy, camera.cx, camera.cy
+    per_px_x, per_px_y = 1 / camera.fx, 1 / camera.fy
+    left, right = -camera.cx * per_px_x, (camera.width - 1 - camera.cx) * per_px_x
+    top, bottom = -camera.cy * per_px_y, (camera.height - 1 - camera.cy) * per_px_y
+    fx, fy = (camera.width - 1) / (right - left), (camera.height - 1) / (bottom - top)
+    return fx, fy, -fx * left, -fy * top
 
 
 def _check_size(width: int, height: int, camera: Camera, focal_px: float, max_pixels: int) -> None:
@@ -259,7 +278,6 @@ def _remap(image: np.ndarray, source: Camera, view: Camera) -> np.ndarray:
     size, maps, samples = _remap_tables(source, view)
     if size != (source.width, source.height):
         image = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
-    # OpenCV reads no image of one row or column past its last sample, so nothing special is needed at the edge.
     out = cv2.remap(np.ascontiguousarray(image), *maps, cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT)
     return out if samples == 1 else cv2.resize(out, (view.width, view.height), interpolation=cv2.INTER_AREA)
 
@@ -276,10 +294,13 @@ def _remap_tables(source: Camera, view: Camera) -> tuple[tuple[int, int], tuple[
     size = (max(1, round(source.width * reduction)), max(1, round(source.height * reduction)))
     u = (np.arange(view.width * samples) + 0.5) / samples - 0.5
     v = (np.arange(view.height * samples) + 0.5) / samples - 0.5
-    at = source.project(view.rays(np.stack(np.meshgrid(u, v), axis=-1)))
-    seen = source.contains(at)
     gain = np.array([size[0] / source.width, size[1] / source.height])
-    at = np.clip((at + 0.5) * gain - 0.5, 0, np.array(size) - 1)
-    at[~seen] = _NOWHERE
-    maps = cv2.convertMaps(at.astype(np.float32), None, cv2.CV_16SC2)
-    return size, maps, samples
+    places = np.empty((len(v), len(u), 2), np.float32)
+    # In float64 a whole 12-megapixel map would take a gigabyte on its way.
+    for start in range(0, len(v), _ROWS_AT_ONCE):
+        at = source.project(view.rays(np.stack(np.meshgrid(u, v[start : start + _ROWS_AT_ONCE]), axis=-1)))
+        seen = source.contains(at)
+        at = np.clip((at + 0.5) * gain - 0.5, 0, np.array(size) - 1)
+        at[~seen] = _NOWHERE
+        places[start : start + _ROWS_AT_ONCE] = at
+    return size, cv2.convertMaps(places, None, cv2.CV_16SC2), samples
