@@ -45,11 +45,13 @@ class ImageGrid:
         multiple: width and height are whole multiples of this many pixels (patch times merge).
         min_pixels: smallest number of pixels that isn't scaled up.
         max_pixels: largest number of pixels that isn't scaled down.
+        max_edge: longest side that isn't scaled down; None where only the area counts.
     """
 
     multiple: int
     min_pixels: int
     max_pixels: int
+    max_edge: int | None = None
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,155 @@
+"""Finds a checkpoint on disk or on the hub and says what is in it, before anything heavy is loaded.
+
+Only safetensors are read: a pickled file can run code while it is loaded.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from depthlm_ros.errors import ModelError
+
+ARCHITECTURES = ("qwen3_vl", "qwen2_5_vl", "llava")
+HEAD_PREFIX = "depth_head."
+PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+HUB_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.safetensors", "*.yaml"]
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder that holds a model we can load.
+
+    Attributes:
+        folder: where its files are.
+        name: what the user asked for, a folder or a hub id.
+        config: its config.json.
+        shapes: shape of each stored tensor by name.
+        shards: file that holds each tensor.
+    """
+
+    folder: Path
+    name: str
+    config: dict
+    shapes: dict[str, tuple[int, ...]]
+    shards: dict[str, Path]
+
+    @property
+    def architecture(self) -> str:
+        """`model_type` of the config."""
+        return self.config["model_type"]
+
+    @property
+    def parameters(self) -> int:
+        """Number of stored weights."""
+        return sum(torch.Size(shape).numel() for shape in self.shapes.values())
+
+    @property
+    def has_dense_head(self) -> bool:
+        """Whether weights of a depth head are stored."""
+        return any(name.startswith(HEAD_PREFIX) for name in self.shapes)
+
+    def tensors(self, prefix: str) -> dict[str, torch.Tensor]:
+        """Loads the tensors whose name starts with `prefix`, under their names without it."""
+        names = [name for name in self.shapes if name.startswith(prefix)]
+        loaded = {}
+        for shard in {self.shards[name] for name in names}:
+            with safe_open(shard, framework="pt") as file:
+                loaded |= {n.removeprefix(prefix): file.get_tensor(n) for n in names if self.shards[n] == shard}
+        return loaded
+
+
+def open_checkpoint(source: str | Path, revision: str | None = None) -> Checkpoint:
+    """Opens a local folder, or fetches a hub repository into the hub's cache first.
+
+    Args:
+        source: folder, or hub id such as "Qwen/Qwen3-VL-4B-Instruct".
+        revision: branch, tag or commit of the hub repository.
+
+    Raises:
+        ModelError: no such folder or repository, no config.json, an architecture we don't run,
+            no safetensors, a missing or damaged file.
+    """
+    folder = _folder(source, revision)
+    config = _read_config(folder)
+    shapes: dict[str, tuple[int, ...]] = {}
+    shards: dict[str, Path] = {}
+    for path in _weight_files(folder):
+        for name, shape in _shapes(path).items():
+            shapes[name], shards[name] = shape, path
+    return Checkpoint(folder, str(source), config, shapes, shards)
+
+
+def _folder(source: str | Path, revision: str | None) -> Path:
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder
+    if isinstance(source, Path) or not HUB_ID.fullmatch(source):
+        raise ModelError(f"{source} is not a folder; give the folder of a checkpoint or a hub id like 'Qwen/Qwen3-VL-4B-Instruct'")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(source, revision=revision, allow_patterns=HUB_FILES))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise ModelError(
+            f"can't fetch {source} from the hub ({type(error).__name__}: {str(error).splitlines()[0]}); check the id and the "
+            "network, run `hf auth login` if the repository is gated, or give a local folder"
+        ) from error
+
+
+def _read_config(folder: Path) -> dict:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ModelError(f"{folder} has no config.json; give the folder of a transformers checkpoint")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{path} is not valid JSON ({error}); fetch it again") from error
+    architecture = config.get("model_type")
+    if architecture not in ARCHITECTURES:
+        raise ModelError(f"{path}: model_type {architecture!r} is not supported; known are {', '.join(ARCHITECTURES)}")
+    vision = config.get("vision_config", {}).get("model_type")
+    if architecture == "llava" and vision != "pixtral":
+        raise ModelError(f"{path}: llava with a {vision!r} vision tower is not supported; only Pixtral checkpoints are")
+    return config
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            files = [folder / name for name in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))]
+        except (ValueError, KeyError) as error:
+            raise ModelError(f"{index} can't be read ({error}); fetch it again") from error
+        missing = [path.name for path in files if not path.is_file()]
+        if missing:
+            raise ModelError(f"{folder} lacks {len(missing)} of {len(files)} weight files, such as {missing[0]}; fetch it again")
+        return files
+    single = folder / "model.safetensors"
+    if single.is_file():
+        return [single]
+    pickled = sorted(path.name for pattern in PICKLED for path in folder.glob(pattern))
+    if pickled:
+        raise ModelError(
+            f"{folder} holds only pickled weights ({pickled[0]}), which can run code when loaded; save it again with "
+            "`model.save_pretrained(folder)`, which writes safetensors"
+        )
+    raise ModelError(f"{folder} holds no weights (model.safetensors); fetch them, or check the path")
+
+
+def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    with path.open("rb") as file:
+        if file.read(23) == b"version https://git-lfs":
+            raise ModelError(f"{path} is a Git LFS pointer, not the weights; run `git lfs pull`")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{path} ({path.stat().st_size} bytes) is not a whole safetensors file ({error}); fetch it again") from error

@@ -1,0 +1,181 @@
+"""Images and questions to tensors, with no torchvision: tokenizer, PIL image processor, placeholders.
+
+The stock processors of these models import torchvision for videos that we never have. What is left
+for images is small: the checkpoint's own chat template, its own image processor (PIL backend, the
+same on every machine), and one placeholder token repeated for each image token.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoImageProcessor, AutoTokenizer
+
+from depthlm_ros.engines.base import ImageGrid
+from depthlm_ros.engines.checkpoint import Checkpoint
+from depthlm_ros.errors import EngineError, ImageError, ModelError
+
+PROBE = "how far is (17, 1948)?"
+
+
+@dataclass(frozen=True)
+class ImageInputs:
+    """Images of one size, ready for the vision tower.
+
+    Attributes:
+        tensors: keyword arguments of the model's `get_image_features`.
+        grid_hw: (h, w) image tokens of each image.
+        count: number of images.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    grid_hw: tuple[int, int]
+    count: int
+
+
+class PromptProcessor:
+    """Turns images and questions into what one architecture expects.
+
+    Attributes:
+        tokenizer: the checkpoint's own.
+        grid: image sizes that aren't resampled.
+        patch_px: side of one image token's square in pixels.
+        image_token_id: the placeholder.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, system_text: str | None = None) -> None:
+        folder, config = checkpoint.folder, checkpoint.config
+        self.tokenizer = _load(AutoTokenizer, folder)
+        self._image_processor = _load(AutoImageProcessor, folder, backend="pil")
+        self._template = _chat_template(folder) or self.tokenizer.chat_template
+        self._system_text = system_text
+        if config["model_type"] == "llava":
+            self._read_pixtral(folder, config)
+        else:
+            self._read_qwen(config)
+        self.image_token = self.tokenizer.convert_ids_to_tokens(self.image_token_id)
+        self._check_template(checkpoint.name)
+
+    def images(self, images: Sequence[np.ndarray]) -> ImageInputs:
+        """Prepares (H, W, 3) uint8 RGB images of one size.
+
+        Raises:
+            ImageError: another shape or type, or images of several sizes.
+        """
+        for image in images:
+            if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+                raise ImageError(f"an image is {image.dtype} of shape {image.shape}; pass (H, W, 3) uint8 RGB")
+        if len({image.shape for image in images}) != 1:
+            raise ImageError(f"{len(images)} images of sizes {sorted({i.shape[:2] for i in images})}; pass images of one size")
+        try:
+            tensors = self._image_processor(images=list(images), return_tensors="pt", input_data_format="channels_last")
+        except ValueError as error:
+            raise ImageError(f"an image of {images[0].shape[1]}x{images[0].shape[0]} pixels can't be prepared: {error}") from error
+        names = self._image_processor.model_input_names
+        return ImageInputs({name: tensors[name] for name in names}, self._tokens_hw(tensors), len(images))
+
+    def prompts(self, questions: Sequence[str], grid_hw: tuple[int, int]) -> list[list[int]]:
+        """Token ids of the whole prompt for each question: header, image tokens, question, answer header.
+
+        Args:
+            questions: texts that follow the image.
+            grid_hw: `ImageInputs.grid_hw`.
+        """
+        texts = [self._chat_text(question) for question in questions]
+        bos = self.tokenizer.bos_token
+        encoded = self.tokenizer(texts, add_special_tokens=not (bos and texts[0].startswith(bos)))["input_ids"]
+        placeholders = self._placeholders(grid_hw)
+        return [self._expand(ids, placeholders) for ids in encoded]
+
+    def expanded_text(self, question: str, grid_hw: tuple[int, int]) -> str:
+        """The prompt as text with its placeholders written out, as the stock processors build it."""
+        written = "".join(self.tokenizer.convert_ids_to_tokens(self._placeholders(grid_hw)))
+        return self._chat_text(question).replace(self.image_token, written)
+
+    def _chat_text(self, question: str) -> str:
+        # Pixtral's template reads a text item's `content`, the others read its `text`.
+        text = {"type": "text", "text": question, "content": question}
+        messages = [{"role": "user", "content": [{"type": "image"}, text]}]
+        if self._system_text is not None:
+            system = {"type": "text", "text": self._system_text, "content": self._system_text}
+            messages.insert(0, {"role": "system", "content": [system]})
+        return self.tokenizer.apply_chat_template(
+            messages, chat_template=self._template, tokenize=False, add_generation_prompt=True
+        )
+
+    def _expand(self, ids: list[int], placeholders: list[int]) -> list[int]:
+        try:
+            at = ids.index(self.image_token_id)
+        except ValueError as error:
+            raise EngineError(f"the prompt lost its image placeholder {self.image_token}") from error
+        return ids[:at] + placeholders + ids[at + 1 :]
+
+    def _check_template(self, name: str) -> None:
+        if self._template is None:
+            raise ModelError(f"{name} has no chat template; add chat_template.jinja to the folder")
+        text = self._chat_text(PROBE)
+        if PROBE not in text or text.count(self.image_token) != 1:
+            raise ModelError(
+                f"{name}: the chat template must write the question and one {self.image_token} before it; it wrote {text!r}"
+            )
+        if text.index(self.image_token) > text.index(PROBE):
+            raise ModelError(f"{name}: the chat template puts the question before the image; it wrote {text!r}")
+
+    def _read_qwen(self, config: dict) -> None:
+        processor = self._image_processor
+        merge = processor.merge_size
+        self.patch_px = processor.patch_size * merge
+        self.image_token_id = config["image_token_id"]
+        self.grid = ImageGrid(self.patch_px, processor.size["shortest_edge"], processor.size["longest_edge"])
+        self._placeholders: Callable = lambda grid_hw: [self.image_token_id] * (grid_hw[0] * grid_hw[1])
+        self._tokens_hw: Callable = lambda tensors: tuple(int(n) // merge for n in tensors["image_grid_thw"][0][1:])
+
+    def _read_pixtral(self, folder: Path, config: dict) -> None:
+        settings = _json(folder / "processor_config.json")
+        merge = settings.get("spatial_merge_size", config.get("spatial_merge_size", 1))
+        self.patch_px = config["vision_config"].get("patch_size", 16) * merge
+        self._image_processor.patch_size = {"height": self.patch_px, "width": self.patch_px}
+        edge = self._image_processor.size["longest_edge"]
+        self.grid = ImageGrid(self.patch_px, self.patch_px**2, edge**2, max_edge=edge)
+        written = [settings.get(key, default) for key, default in PIXTRAL_TOKENS.items()]
+        image, line_break, end = self.tokenizer.convert_tokens_to_ids(written)
+        self.image_token_id = image
+
+        def placeholders(grid_hw: tuple[int, int]) -> list[int]:
+            rows = ([image] * grid_hw[1] + [line_break]) * grid_hw[0]
+            return rows[:-1] + [end]
+
+        self._placeholders = placeholders
+        self._tokens_hw = lambda tensors: tuple(int(n) // self.patch_px for n in tensors["image_sizes"][0])
+
+
+# Defaults of transformers' PixtralProcessor.
+PIXTRAL_TOKENS = {"image_token": "[IMG]", "image_break_token": "[IMG_BREAK]", "image_end_token": "[IMG_END]"}
+
+
+def _load(factory: type, folder: Path, **options: object) -> object:
+    try:
+        return factory.from_pretrained(folder, trust_remote_code=False, local_files_only=True, **options)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{folder}: {factory.__name__} can't be loaded ({str(error).splitlines()[0]}); fetch its files again") from error
+
+
+def _chat_template(folder: Path) -> str | None:
+    # Older processors keep their template apart from the tokenizer's; it is the one they were trained with.
+    if (folder / "chat_template.jinja").is_file():
+        return None
+    return _json(folder / "chat_template.json").get("chat_template")
+
+
+def _json(path: Path) -> dict:
+    if not path.is_file():
+        return {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{path} is not valid JSON ({error}); fetch it again") from error

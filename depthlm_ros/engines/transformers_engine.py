@@ -1,0 +1,451 @@
+"""Runs Qwen3-VL, Qwen2.5-VL and Pixtral checkpoints with plain transformers, on a CPU or a GPU.
+
+A frame costs one `prefill` (vision tower, chat header, image tokens, what all questions share) and
+one `decode` for each batch of questions. The dense dialect is a `prefill` of the image alone.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoModelForImageTextToText, DynamicCache, PreTrainedModel
+
+from depthlm_ros.engines.answers import AnswerReader
+from depthlm_ros.engines.base import Answer, EngineInfo, ImageGrid
+from depthlm_ros.engines.checkpoint import HEAD_PREFIX, Checkpoint, open_checkpoint
+from depthlm_ros.engines.dense_head import MLPDepthHead, head_features, load_head, unsupported_head
+from depthlm_ros.engines.devices import choose_placement
+from depthlm_ros.engines.processor import ImageInputs, PromptProcessor
+from depthlm_ros.errors import DialectError, EngineError, ModelError
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """What one or several images have been turned into; questions attend to it.
+
+    Attributes:
+        cache: keys and values, one row for each image.
+        token_ids: the prefilled ids, the same for every row.
+        next_position: rotary position of the first token that follows.
+    """
+
+    cache: DynamicCache
+    token_ids: tuple[int, ...]
+    next_position: int
+
+    def rows(self, count: int) -> DynamicCache:
+        """A cache of `count` rows of its own, which decoding may grow."""
+        layers = self.cache.layers
+        return DynamicCache([(kv.keys.expand(count, -1, -1, -1), kv.values.expand(count, -1, -1, -1)) for kv in layers])
+
+
+class TransformersEngine:
+    """Answers questions about images and runs the dense head. Not re-entrant: one caller at a time.
+
+    Attributes:
+        info: what was loaded and why so.
+        grid: image sizes that the processor leaves alone.
+        model: the transformers model, in evaluation mode.
+        processor: images and questions to tensors.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        processor: PromptProcessor,
+        info: EngineInfo,
+        *,
+        head: MLPDepthHead | None = None,
+        head_mode: str = "llm_last",
+        no_head: str = "",
+        batch_size: int = 64,
+    ) -> None:
+        self.model = model
+        self.processor = processor
+        self.info = info
+        self.grid: ImageGrid = processor.grid
+        self._head = head
+        self._head_mode = head_mode
+        self._no_head = no_head
+        self._batch_size = batch_size
+        self._device = next(model.parameters()).device
+        self._reader = AnswerReader(processor.tokenizer)
+        self._stop_ids = _stop_ids(model, processor)
+        self._penalty = float(model.generation_config.repetition_penalty or 1.0)
+
+    @classmethod
+    def load(
+        cls,
+        source: str | Path,
+        *,
+        system_text: str | None = None,
+        revision: str | None = None,
+        device: str = "auto",
+        dtype: str = "auto",
+        attn: str | None = None,
+        batch_size: int = 64,
+    ) -> TransformersEngine:
+        """Loads a folder or hub id; arguments and errors as in `load_engine`."""
+        checkpoint = open_checkpoint(source, revision)
+        placement = choose_placement(device, dtype, checkpoint.parameters)
+        processor = PromptProcessor(checkpoint, system_text)
+        model = _load_model(checkpoint, placement.dtype, attn or "sdpa").to(placement.device)
+        head, mode, no_head = None, "llm_last", f"{checkpoint.name} has no depth head"
+        if checkpoint.has_dense_head:
+            no_head = unsupported_head(checkpoint) or ""
+            if not no_head:
+                width = model.config.get_text_config().hidden_size
+                head, mode = load_head(checkpoint, width, _deepstack_maps(checkpoint), processor.patch_px)
+                head.to(placement.device)
+        info = EngineInfo(
+            engine="transformers",
+            model=checkpoint.name,
+            architecture=checkpoint.architecture,
+            device=str(placement.device),
+            dtype=placement.dtype_name,
+            reasons=placement.reasons,
+            parameters=checkpoint.parameters,
+            dense=head is not None,
+        )
+        return cls(model, processor, info, head=head, head_mode=mode, no_head=no_head, batch_size=batch_size)
+
+    @torch.inference_mode()
+    def answer_shared(self, image: np.ndarray, questions: Sequence[str], max_new_tokens: int) -> list[Answer]:
+        """Answers many questions about one image, which is encoded and prefilled once.
+
+        Args:
+            image: (H, W, 3) uint8 RGB; resampled only if its size isn't of `grid`.
+            questions: texts; what they share at their beginning is prefilled once too.
+            max_new_tokens: longest answer in tokens.
+
+        Returns:
+            Greedy answers in the order of the questions, the same tokens as `model.generate` gives
+            for each question alone.
+
+        Raises:
+            ImageError: not an RGB image.
+            EngineError: out of memory.
+        """
+        if not questions:
+            return []
+        with _clear_errors(self.info, self._batch_size):
+            inputs = self.processor.images([image])
+            prompts = self.processor.prompts(questions, inputs.grid_hw)
+            shared = _shared_length(prompts)
+            prefix = self.prefill(prompts[0][:shared], inputs)
+            suffixes = [ids[shared:] for ids in prompts]
+            # Rows of one length need no padding, so equal lengths are decoded together.
+            order = sorted(range(len(suffixes)), key=lambda row: len(suffixes[row]))
+            answers: dict[int, Answer] = {}
+            for start in range(0, len(order), self._batch_size):
+                rows = order[start : start + self._batch_size]
+                answers.update(zip(rows, self.decode(prefix, [suffixes[r] for r in rows], max_new_tokens), strict=True))
+            return [answers[row] for row in range(len(suffixes))]
+
+    @torch.inference_mode()
+    def answer_each(self, images: Sequence[np.ndarray], questions: Sequence[str], max_new_tokens: int) -> list[Answer]:
+        """Answers question i about image i; images of one size are prefilled together.
+
+        Raises:
+            ImageError: not an RGB image.
+            EngineError: out of memory, or as many images as questions weren't given.
+        """
+        if len(images) != len(questions):
+            raise EngineError(f"{len(images)} images and {len(questions)} questions; give one image a question")
+        answers: dict[int, Answer] = {}
+        with _clear_errors(self.info, self._batch_size):
+            for rows in self._same_size_batches(images):
+                inputs = self.processor.images([images[row] for row in rows])
+                prompts = self.processor.prompts([questions[row] for row in rows], inputs.grid_hw)
+                shared = _shared_length(prompts)
+                prefix = self.prefill(prompts[0][:shared], inputs)
+                decoded = self.decode(prefix, [ids[shared:] for ids in prompts], max_new_tokens)
+                answers.update(zip(rows, decoded, strict=True))
+        return [answers[row] for row in range(len(questions))]
+
+    @torch.inference_mode()
+    def depth_map(self, image: np.ndarray, question: str = "") -> np.ndarray:
+        """The dense head's map, from one pass over chat header and image tokens.
+
+        The language model is causal and the question follows the image, so it can't change the map
+        (DepthVLM's own pass carries it all the same); neither LM head nor cache is needed.
+
+        Args:
+            image: (H, W, 3) uint8 RGB.
+            question: ignored, see above.
+
+        Returns:
+            (H', W') float32 metres; H', W' = the processor's final size.
+
+        Raises:
+            DialectError: the checkpoint has no head that we can run.
+        """
+        if self._head is None:
+            raise DialectError(f"{self._no_head}: it does not speak the dense dialect; use a text dialect")
+        with _clear_errors(self.info, 1):
+            inputs = self.processor.images([image])
+            ids = self.processor.prompts([question], inputs.grid_hw)[0]
+            last = len(ids) - ids[::-1].index(self.processor.image_token_id)
+            features = self.image_features(ids[:last], inputs)
+            return self._head(features[0].float(), inputs.grid_hw).cpu().numpy()
+
+    def image_features(self, ids: Sequence[int], inputs: ImageInputs) -> torch.Tensor:
+        """What the dense head reads, as its feature mode says.
+
+        Args:
+            ids: chat header and image tokens; more may follow.
+            inputs: the images.
+
+        Returns:
+            (B, N, C) features at the image tokens, row-major over the token grid.
+        """
+        hidden, deepstack, _ = self._forward_images(ids, inputs, None)
+        at = torch.tensor(ids, device=self._device) == self.processor.image_token_id
+        maps = [features.view(inputs.count, -1, features.shape[-1]) for features in deepstack]
+        return head_features(self._head_mode, maps, hidden[:, at])
+
+    def prefill(self, ids: Sequence[int], inputs: ImageInputs) -> Prefix:
+        """Runs the vision tower and the language model over what all questions share.
+
+        Args:
+            ids: chat header, image tokens and the beginning of the questions, the same for each image.
+            inputs: one image, or one for each row that `decode` will get.
+        """
+        cache = DynamicCache()
+        _, _, next_position = self._forward_images(ids, inputs, cache)
+        return Prefix(cache, tuple(ids), next_position)
+
+    def decode(self, prefix: Prefix, suffixes: Sequence[Sequence[int]], max_new_tokens: int) -> list[Answer]:
+        """Answers one batch greedily; rows leave when they have ended.
+
+        Args:
+            prefix: of one image, or of one image for each suffix.
+            suffixes: the rest of each prompt, at least one token.
+            max_new_tokens: longest answer in tokens.
+        """
+        batch = _Batch(prefix, suffixes, self._device)
+        seen = self._seen_tokens(prefix, suffixes)
+        tokens: list[list[int]] = [[] for _ in suffixes]
+        chances: list[list[float]] = [[] for _ in suffixes]
+        for _ in range(max_new_tokens):
+            logits = self._next_logits(batch)
+            if seen is not None:
+                penalised = torch.where(logits < 0, logits * self._penalty, logits / self._penalty)
+                logits = torch.where(seen[batch.rows], penalised, logits)
+            chosen = logits.argmax(-1)
+            chance = torch.exp(logits.gather(-1, chosen[:, None])[:, 0] - logits.logsumexp(-1))
+            if seen is not None:
+                seen[batch.rows, chosen] = True
+            ids = chosen.tolist()
+            for row, token, probability in zip(batch.rows.tolist(), ids, chance.tolist(), strict=True):
+                if not (tokens[row] and tokens[row][-1] in self._stop_ids):
+                    tokens[row].append(token)
+                    chances[row].append(probability)
+            running = [at for at, row in enumerate(batch.rows.tolist()) if tokens[row][-1] not in self._stop_ids]
+            if not running:
+                break
+            batch.advance(chosen, running)
+        return [self._reader.answer(ids, chance) for ids, chance in zip(tokens, chances, strict=True)]
+
+    def warm_up(self, width: int, height: int) -> None:
+        """Runs once at this size, so that the first frame doesn't pay for what is set up lazily."""
+        image = np.zeros((height, width, 3), np.uint8)
+        if self._head is not None:
+            self.depth_map(image)
+        self.answer_shared(image, [""], 2)
+
+    def close(self) -> None:
+        """Frees the model's memory; the engine can't be used afterwards."""
+        del self.model, self._head
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _forward_images(
+        self, ids: Sequence[int], inputs: ImageInputs, cache: DynamicCache | None
+    ) -> tuple[torch.Tensor, list[torch.Tensor], int]:
+        """Last states (B, L, C), DeepStack maps (B * N, C), and the position that follows."""
+        input_ids = torch.tensor(ids, device=self._device).expand(inputs.count, -1)
+        is_image = input_ids == self.processor.image_token_id
+        tokens, deepstack = self._encode(inputs)
+        embeds = self.model.get_input_embeddings()(input_ids)
+        embeds = embeds.masked_scatter(is_image[..., None], tokens.to(embeds.dtype))
+        options = {}
+        position_ids = None
+        next_position = len(ids)
+        if self.info.architecture != "llava":
+            position_ids, _ = self.model.model.get_rope_index(
+                input_ids, mm_token_type_ids=is_image.int(), image_grid_thw=inputs.tensors["image_grid_thw"].to(self._device)
+            )
+            next_position = int(position_ids.max()) + 1
+        if deepstack:
+            options = {"visual_pos_masks": is_image, "deepstack_visual_embeds": deepstack}
+        output = self.model.model.language_model(
+            inputs_embeds=embeds, position_ids=position_ids, past_key_values=cache, use_cache=cache is not None, **options
+        )
+        return output.last_hidden_state, deepstack, next_position
+
+    def _encode(self, inputs: ImageInputs) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Image tokens (B * N, C) and DeepStack maps of the same shape."""
+        tensors = {name: value.to(self._device) for name, value in inputs.tensors.items()}
+        if self.info.architecture == "llava":
+            # Pixtral's tower attends over all images at once with a dense mask, so they go one by one.
+            one_by_one = [
+                self.model.model.get_image_features(**{name: value[i : i + 1] for name, value in tensors.items()})
+                for i in range(inputs.count)
+            ]
+            return torch.cat([torch.cat(list(out.pooler_output)) for out in one_by_one]), []
+        out = self.model.model.get_image_features(**tensors)
+        maps = out.deepstack_features if self.info.architecture == "qwen3_vl" else []
+        # transformers 5.14 gives whole tensors, 5.23 one for each image.
+        return torch.cat(list(out.pooler_output)), [m if isinstance(m, torch.Tensor) else torch.cat(list(m)) for m in maps]
+
+    def _next_logits(self, batch: _Batch) -> torch.Tensor:
+        positions = batch.positions
+        if self.info.architecture != "llava":
+            positions = positions.expand(3, -1, -1)
+        output = self.model.model.language_model(
+            inputs_embeds=self.model.get_input_embeddings()(batch.input_ids),
+            position_ids=positions,
+            attention_mask=batch.mask,
+            past_key_values=batch.cache,
+            use_cache=True,
+        )
+        return self.model.lm_head(output.last_hidden_state[:, -1]).float()
+
+    def _seen_tokens(self, prefix: Prefix, suffixes: Sequence[Sequence[int]]) -> torch.Tensor | None:
+        """(rows, vocabulary) bool, what a repetition penalty of the checkpoint's own looks at."""
+        if self._penalty == 1.0:
+            return None
+        seen = torch.zeros(len(suffixes), self.model.lm_head.out_features, dtype=torch.bool, device=self._device)
+        for row, suffix in enumerate(suffixes):
+            seen[row, list({*prefix.token_ids, *suffix})] = True
+        return seen
+
+    def _same_size_batches(self, images: Sequence[np.ndarray]) -> Iterator[list[int]]:
+        by_size: dict[tuple[int, ...], list[int]] = {}
+        for row, image in enumerate(images):
+            by_size.setdefault(image.shape, []).append(row)
+        for rows in by_size.values():
+            for start in range(0, len(rows), self._batch_size):
+                yield rows[start : start + self._batch_size]
+
+
+class _Batch:
+    """Rows that are being decoded: what goes into the next forward pass.
+
+    Suffixes are padded on the left, between prefix and suffix, so that all rows end together; the
+    padding is masked, and positions skip it.
+    """
+
+    def __init__(self, prefix: Prefix, suffixes: Sequence[Sequence[int]], device: torch.device) -> None:
+        width = max(map(len, suffixes))
+        padding = torch.tensor([width - len(suffix) for suffix in suffixes], device=device)[:, None]
+        self.rows = torch.arange(len(suffixes), device=device)
+        self.cache = prefix.rows(len(suffixes))
+        self.input_ids = torch.tensor([[0] * (width - len(s)) + list(s) for s in suffixes], device=device)
+        offsets = torch.arange(width, device=device) - padding
+        self.positions = prefix.next_position + offsets.clamp(min=0)
+        self.mask = None
+        if padding.any():
+            ones = torch.ones(len(suffixes), len(prefix.token_ids), dtype=torch.bool, device=device)
+            self.mask = torch.cat([ones, offsets >= 0], dim=1)
+
+    def advance(self, chosen: torch.Tensor, running: Sequence[int]) -> None:
+        """Makes the chosen tokens the next input; copies the cache once half of the rows have ended."""
+        self.input_ids = chosen[:, None]
+        self.positions = self.positions[:, -1:] + 1
+        if self.mask is not None:
+            self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], dim=1)
+        if 2 * len(running) <= len(self.rows):
+            keep = torch.tensor(running, device=self.rows.device)
+            self.cache.batch_select_indices(keep)
+            self.rows, self.input_ids, self.positions = self.rows[keep], self.input_ids[keep], self.positions[keep]
+            self.mask = None if self.mask is None else self.mask[keep]
+
+
+def _shared_length(prompts: Sequence[Sequence[int]]) -> int:
+    """Length of the longest common token prefix that leaves each prompt at least one token."""
+    shortest, longest = min(prompts), max(prompts)
+    common = next((i for i, (a, b) in enumerate(zip(shortest, longest, strict=False)) if a != b), len(shortest))
+    return min(common, min(map(len, prompts)) - 1)
+
+
+def _stop_ids(model: PreTrainedModel, processor: PromptProcessor) -> frozenset[int]:
+    ids = model.generation_config.eos_token_id
+    if ids is None:
+        ids = processor.tokenizer.eos_token_id
+    if ids is None:
+        raise ModelError("the checkpoint names no end-of-sequence token; add eos_token_id to generation_config.json")
+    return frozenset(ids if isinstance(ids, list) else [ids])
+
+
+def _deepstack_maps(checkpoint: Checkpoint) -> int:
+    return len(checkpoint.config["vision_config"].get("deepstack_visual_indexes", ()))
+
+
+def _load_model(checkpoint: Checkpoint, dtype: torch.dtype, attn: str) -> PreTrainedModel:
+    try:
+        with _silent_report():
+            model, report = AutoModelForImageTextToText.from_pretrained(
+                checkpoint.folder,
+                dtype=dtype,
+                attn_implementation=attn,
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=True,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        raise ModelError(f"{checkpoint.name} can't be loaded: {type(error).__name__}: {error}") from error
+    _check_report(checkpoint.name, report)
+    text = model.config.get_text_config()
+    sliding = "sliding_attention" in (getattr(text, "layer_types", None) or ())
+    if sliding or (text.model_type == "mistral" and text.sliding_window is not None):
+        raise ModelError(f"{checkpoint.name} uses sliding-window attention, which is not supported; set sliding_window to null")
+    return model.eval()
+
+
+def _check_report(name: str, report: dict) -> None:
+    missing, mismatched = sorted(report["missing_keys"]), sorted(report["mismatched_keys"])
+    if missing:
+        raise ModelError(f"{name} lacks {len(missing)} weights, such as {missing[0]}; fetch its files again")
+    if mismatched:
+        key, stored, wanted = mismatched[0]
+        raise ModelError(f"{name}: {key} has shape {tuple(stored)}, config.json asks for {tuple(wanted)}; one of the files is of another model")
+    unknown = sorted(key for key in report["unexpected_keys"] if not key.startswith(HEAD_PREFIX))
+    if unknown:
+        logging.getLogger(__name__).warning("%s holds %d weights that are not used, such as %s", name, len(unknown), unknown[0])
+
+
+@contextmanager
+def _silent_report() -> Iterator[None]:
+    """Keeps transformers from listing the head's weights as unexpected; `_check_report` says what matters."""
+    logger = logging.getLogger("transformers.modeling_utils")
+
+    def no_report(record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
+
+    logger.addFilter(no_report)
+    try:
+        yield
+    finally:
+        logger.removeFilter(no_report)
+
+
+@contextmanager
+def _clear_errors(info: EngineInfo, batch_size: int) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        torch.cuda.empty_cache()
+        raise EngineError(
+            f"{info.device} ran out of memory with {info.model} in {info.dtype} and {batch_size} questions a batch; "
+            "lower batch_size, ask for smaller images, or use device 'cpu'"
+        ) from error
