@@ -1,0 +1,434 @@
+"""The command `depthlm`. Every subcommand imports what it needs when it runs, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from depthlm_ros import config
+from depthlm_ros.errors import CameraError, DepthLMError, ImageError, MissingDependencyError
+
+MODEL_SETTINGS = ("model", "dialect", "policy", "device", "dtype", "batch_size")
+PIXEL_SETTINGS = ("points", "stride", "sampling")
+RESULTS = Path("results/latest")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command.
+
+    Returns:
+        The exit code: 0; 1 after an error of ours, which is printed as one line on standard error.
+    """
+    arguments = build_parser().parse_args(argv)
+    try:
+        return arguments.run(arguments)
+    except DepthLMError as error:
+        print(f"depthlm: {type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("depthlm: interrupted", file=sys.stderr)
+        return 130
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    parser = argparse.ArgumentParser(
+        prog="depthlm", description="Metric depth from one camera image, by asking a vision-language model."
+    )
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    _add_estimate(commands)
+    _add_replay(commands)
+    _add_evaluate(commands)
+    bag = commands.add_parser("bag", help="make and inspect recordings (rosbag2)")
+    bag_commands = bag.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    _add_render(bag_commands)
+    _add_from_images(bag_commands)
+    _add_info(bag_commands)
+    return parser
+
+
+# ---------------------------------------------------------------- estimate
+
+
+def _add_estimate(commands) -> None:
+    parser = commands.add_parser(
+        "estimate",
+        help="depth of one image, without ROS",
+        description="Asks the model about one image and writes a point cloud in metres (x right, y down, z forward).",
+    )
+    parser.add_argument("image", type=Path, metavar="IMAGE", help="a png or jpeg")
+    parser.add_argument("--out", type=Path, required=True, metavar="CLOUD.ply", help="the point cloud to write")
+    parser.add_argument(
+        "--depth",
+        type=Path,
+        metavar="DEPTH",
+        help="also write the depth image: .npy (float32 metres, NaN unknown) or .png (16 bits, millimetres, 0 unknown)",
+    )
+    camera = parser.add_argument_group("camera", "give --fx or --fov-deg; depth in metres depends on it")
+    camera.add_argument("--fx", type=float, help="horizontal focal length in pixels")
+    camera.add_argument("--fy", type=float, help="vertical focal length in pixels; default: fx")
+    camera.add_argument("--cx", type=float, help="column of the principal point; default: the image centre")
+    camera.add_argument("--cy", type=float, help="row of the principal point; default: the image centre")
+    camera.add_argument("--fov-deg", type=float, help="horizontal field of view in degrees, instead of --fx")
+    config.add_arguments(parser.add_argument_group("model"), MODEL_SETTINGS)
+    config.add_arguments(parser.add_argument_group("pixels"), PIXEL_SETTINGS)
+    parser.set_defaults(run=_estimate)
+
+
+def _estimate(arguments: argparse.Namespace) -> int:
+    import numpy as np
+
+    from depthlm_ros.estimator import Estimator
+    from depthlm_ros.ply import write_ply
+
+    parameters = config.from_arguments(arguments)
+    if arguments.depth is not None and arguments.depth.suffix not in (".npy", ".png"):
+        raise ImageError(f"depth file {arguments.depth} has suffix {arguments.depth.suffix!r}; use .npy or .png")
+    image = _read_photograph(arguments.image)
+    camera = camera_of(arguments, image.shape[1], image.shape[0])
+    estimator = Estimator.load(**parameters.load_arguments())
+    for line in estimator.describe():
+        print(line)
+    dialect = parameters.dialect or estimator.card.default_dialect
+    result = estimator.estimate(image, camera, _pixels(parameters, dialect, camera), dialect=dialect)
+    columns, rows = np.rint(result.pixels).astype(int).T
+    xyz_m = camera.unproject(result.pixels, result.depth_m)
+    written = write_ply(
+        arguments.out, xyz_m, image[rows, columns], result.confidence, f"depthlm estimate {arguments.image}"
+    )
+    seconds = sum(result.timing_s.values())
+    print(f"asked {len(result)} pixels ({dialect}), {int(result.valid.sum())} answers in {seconds:.2f} s")
+    if result.valid.any():
+        low, middle, high = np.nanpercentile(result.depth_m, (5, 50, 95))
+        print(f"depth: median {middle:.2f} m, 5 % to 95 %: {low:.2f} m to {high:.2f} m")
+    print(f"wrote {arguments.out} ({written} points)")
+    if arguments.depth is not None:
+        depth_m = np.full(image.shape[:2], np.nan, np.float32)
+        depth_m[rows, columns] = result.depth_m
+        _write_depth(arguments.depth, depth_m)
+    return 0 if written else 1
+
+
+def camera_of(arguments: argparse.Namespace, width: int, height: int):
+    """The camera that `--fx --fy --cx --cy` or `--fov-deg` describe.
+
+    Raises:
+        CameraError: neither or both of --fx and --fov-deg, or a value that can't be.
+    """
+    from depthlm_ros.camera import Camera
+
+    if (arguments.fx is None) == (arguments.fov_deg is None):
+        given = "neither --fx nor --fov-deg" if arguments.fx is None else "both --fx and --fov-deg"
+        raise CameraError(
+            f"{given} given; give one of them, for example --fx {0.9 * width:.0f} for this {width} px wide image "
+            "if its horizontal field of view is 58 degrees"
+        )
+    fx = arguments.fx if arguments.fov_deg is None else focal_px(arguments.fov_deg, width)
+    return Camera(
+        fx=fx,
+        fy=fx if arguments.fy is None else arguments.fy,
+        cx=(width - 1) / 2 if arguments.cx is None else arguments.cx,
+        cy=(height - 1) / 2 if arguments.cy is None else arguments.cy,
+        width=width,
+        height=height,
+    )
+
+
+def focal_px(fov_deg: float, width: int) -> float:
+    """Focal length in pixels of a pinhole camera with this horizontal field of view.
+
+    Raises:
+        CameraError: an angle outside (0, 180).
+    """
+    if not 0 < fov_deg < 180:
+        raise CameraError(f"field of view is {fov_deg} degrees; a pinhole camera's lies between 0 and 180")
+    return width / 2 / math.tan(math.radians(fov_deg) / 2)
+
+
+def _read_photograph(path: Path):
+    """(H, W, 3) uint8 RGB, upright: a phone's photograph is turned as its EXIF says."""
+    import numpy as np
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as image:
+            return np.array(ImageOps.exif_transpose(image).convert("RGB"))
+    except FileNotFoundError as error:
+        raise ImageError(f"image {path} does not exist; give the path of a png or jpeg") from error
+    except (UnidentifiedImageError, OSError) as error:
+        raise ImageError(f"image {path} can't be read ({error}); give a png or jpeg") from error
+
+
+def _pixels(parameters: config.Parameters, dialect: str, camera):
+    from depthlm_ros.sampling import sample_pixels, stride_pixels
+
+    if dialect == "dense" and not parameters.points:
+        return stride_pixels(camera.width, camera.height, parameters.stride)
+    count = parameters.points or config.POINTS_IN_WORDS
+    return sample_pixels(camera.width, camera.height, count, method=parameters.sampling)
+
+
+def _write_depth(path: Path, depth_m) -> None:
+    import numpy as np
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".npy":
+        np.save(path, depth_m)
+    else:
+        from PIL import Image
+
+        millimetres = np.clip(np.rint(np.nan_to_num(depth_m) * 1000), 0, 65535).astype(np.uint16)
+        Image.fromarray(millimetres).save(path)
+    print(f"wrote {path} ({depth_m.shape[1]}x{depth_m.shape[0]}, {int(np.isfinite(depth_m).sum())} pixels with depth)")
+
+
+# ---------------------------------------------------------------- replay and evaluate
+
+
+def _add_replay(commands) -> None:
+    parser = commands.add_parser(
+        "replay",
+        help="play a recording to the node in another process and score its clouds",
+        description="Starts depth_node in another process, publishes the recording's images to it, collects its "
+        "clouds and scores them where the recording has ground truth. Exit code 1 if no cloud came.",
+    )
+    parser.add_argument("bag", type=Path, metavar="BAG", help="a rosbag2 folder, or an .mcap or .db3 file")
+    parser.add_argument("--topic", metavar="TOPIC", help="image topic to play; default: the first with a camera_info")
+    parser.add_argument(
+        "--rate",
+        type=float,
+        help="play in real time, this many times the recorded speed, and count the frames that the node drops; "
+        "default: in lockstep, the next image goes out when the cloud of the last one came in",
+    )
+    parser.add_argument(
+        "--timeout", type=float, default=60.0, metavar="SECONDS", help="wait for one cloud (default 60)"
+    )
+    parser.add_argument(
+        "--startup-timeout", type=float, default=180.0, metavar="SECONDS", help="wait for the node (default 180)"
+    )
+    parser.add_argument("--frames", type=int, default=0, help="play only this many images; default: all")
+    parser.add_argument(
+        "--match-px",
+        type=float,
+        default=2.0,
+        help="sparse ground truth is compared with the nearest answer within this many pixels (default 2)",
+    )
+    parser.add_argument("--out", type=Path, default=RESULTS, metavar="FOLDER", help=f"results (default {RESULTS})")
+    config.add_arguments(parser.add_argument_group("model"), MODEL_SETTINGS)
+    config.add_arguments(parser.add_argument_group("pixels"), PIXEL_SETTINGS)
+    parser.set_defaults(run=_replay)
+
+
+def _replay(arguments: argparse.Namespace) -> int:
+    from depthlm_ros.replay import ReplayOptions, replay
+    from depthlm_ros.report import summary, write_report
+
+    given = {name: getattr(arguments, name) for name in MODEL_SETTINGS + PIXEL_SETTINGS}
+    changed = {name: value for name, value in given.items() if value != config.spec(name).default}
+    options = ReplayOptions(
+        topic=arguments.topic,
+        rate=arguments.rate,
+        timeout_s=arguments.timeout,
+        startup_timeout_s=arguments.startup_timeout,
+        frames=arguments.frames,
+        match_px=arguments.match_px,
+    )
+    run = replay(arguments.bag, changed, options, log_folder=arguments.out / "log")
+    print(summary(run))
+    for path in write_report(arguments.out, run):
+        print(f"wrote {path}")
+    return 0 if run.tally.frames else 1
+
+
+def _add_evaluate(commands) -> None:
+    parser = commands.add_parser(
+        "evaluate",
+        help="score the model at labelled pixels, without ROS",
+        description="Asks the model in this process exactly at pixels whose depth is known, and scores it.",
+    )
+    parser.add_argument("source", type=Path, metavar="LABELS|BAG", help="a labels file (.jsonl) or a recording")
+    parser.add_argument("--out", type=Path, default=RESULTS, metavar="FOLDER", help=f"results (default {RESULTS})")
+    parser.add_argument("--seed", type=int, default=0, help="of the choice among many labels (default 0)")
+    _add_reader_options(parser)
+    config.add_arguments(parser.add_argument_group("model"), (*MODEL_SETTINGS, "points"))
+    parser.set_defaults(run=_evaluate)
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from depthlm_ros.estimator import Estimator
+    from depthlm_ros.evaluate import evaluate, labelled
+    from depthlm_ros.report import summary, write_report
+
+    parameters = config.from_arguments(arguments)
+    reader = {"images": arguments.images, "depths": arguments.depths, "depth_kind": arguments.depth_kind}
+    labelled(arguments.source, **reader)
+    estimator = Estimator.load(**parameters.load_arguments())
+    run = evaluate(
+        arguments.source,
+        estimator,
+        dialect=parameters.dialect or None,
+        points=parameters.points,
+        seed=arguments.seed,
+        **reader,
+    )
+    estimator.close()
+    print(summary(run))
+    for path in write_report(arguments.out, run):
+        print(f"wrote {path}")
+    return 0
+
+
+def _add_reader_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("labels file")
+    group.add_argument("--images", type=Path, metavar="FOLDER", help="where its images lie; default: beside it")
+    group.add_argument("--depths", type=Path, metavar="FOLDER", help="where its depth maps lie; default: beside it")
+    group.add_argument(
+        "--depth-kind", choices=("z", "euclidean"), default="z", help="what its depths measure (default z)"
+    )
+
+
+# ---------------------------------------------------------------- bag
+
+
+def _add_writer_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--compressed", metavar="FORMAT", help="images as png, jpeg or jpeg:QUALITY; default: raw rgb8")
+    parser.add_argument(
+        "--depth-bits",
+        type=int,
+        default=23,
+        help="mantissa bits kept of the ground truth (default 23, exact; 12 takes a third, error below 1.3e-4)",
+    )
+
+
+def _add_render(commands) -> None:
+    parser = commands.add_parser(
+        "render",
+        help="render a synthetic drive with exact depth",
+        description="Renders a drive through synthetic scenes and records image, camera_info and true depth.",
+    )
+    parser.add_argument("out", type=Path, metavar="OUT", help="the rosbag2 folder to make")
+    parser.add_argument("--seconds", type=float, default=5.0, help="length of the drive (default 5)")
+    parser.add_argument("--fps", type=float, default=5.0, help="images a second (default 5)")
+    parser.add_argument("--seed", type=int, default=0, help="of the scenes and the path (default 0)")
+    parser.add_argument("--width", type=int, default=320, help="pixels (default 320)")
+    parser.add_argument("--height", type=int, default=240, help="pixels (default 240)")
+    parser.add_argument("--fov-deg", type=float, default=70.0, help="horizontal field of view (default 70)")
+    _add_writer_options(parser)
+    parser.set_defaults(run=_render)
+
+
+def _render(arguments: argparse.Namespace) -> int:
+    from depthlm_ros.bags import START_NS, RecordedFrame, write_bag
+    from depthlm_ros.depth import Frame
+    from depthlm_ros.evaluate import progress
+
+    try:
+        from depthlm_training.scenes import render_drive
+    except ModuleNotFoundError as error:
+        raise MissingDependencyError(
+            "rendering needs the package's training part (depthlm_training), which this installation lacks; "
+            "run 'pip install -e .' in a clone of the repository"
+        ) from error
+    count = round(arguments.seconds * arguments.fps)
+    views = render_drive(
+        count,
+        width=arguments.width,
+        height=arguments.height,
+        focal_px=focal_px(arguments.fov_deg, arguments.width),
+        seed=arguments.seed,
+        fps=arguments.fps,
+    )
+
+    def frames() -> Iterator[RecordedFrame]:
+        for index, (image, depth_m, camera) in enumerate(progress(views, count, "render")):
+            yield RecordedFrame(Frame(image, camera, START_NS + round(index / arguments.fps * 1e9)), depth_m)
+
+    command = (
+        f"depthlm bag render --seconds {arguments.seconds:g} --fps {arguments.fps:g} --seed {arguments.seed} "
+        f"--width {arguments.width} --height {arguments.height} --fov-deg {arguments.fov_deg:g}"
+    )
+    info = write_bag(
+        arguments.out,
+        frames(),
+        compression=arguments.compressed,
+        depth_bits=arguments.depth_bits,
+        notes={"source": "rendered, not a photograph", "made by": command},
+    )
+    print(_described(info))
+    return 0
+
+
+def _add_from_images(commands) -> None:
+    parser = commands.add_parser(
+        "from-images",
+        help="record labelled photographs",
+        description="Makes a recording of a labels file: DepthLM's jsonl (points with depth, intrinsics) or "
+        "DepthVLM's (depth maps). Which of the two it is, is seen from its keys.",
+    )
+    parser.add_argument("labels", type=Path, metavar="LABELS.jsonl")
+    parser.add_argument("out", type=Path, metavar="OUT", help="the rosbag2 folder to make")
+    parser.add_argument("--fps", type=float, default=2.0, help="images a second (default 2)")
+    _add_reader_options(parser)
+    _add_writer_options(parser)
+    parser.set_defaults(run=_from_images)
+
+
+def _from_images(arguments: argparse.Namespace) -> int:
+    from depthlm_ros.bags import START_NS, RecordedFrame, write_bag
+    from depthlm_ros.datasets import LabelledImages
+    from depthlm_ros.depth import Frame
+    from depthlm_ros.evaluate import progress
+
+    rows = LabelledImages(
+        arguments.labels, images=arguments.images, depths=arguments.depths, depth_kind=arguments.depth_kind
+    )
+    notes: dict[str, None] = {}
+
+    def frames() -> Iterator[RecordedFrame]:
+        for index, row in enumerate(progress(rows, len(rows), "record")):
+            notes.update(dict.fromkeys(row.notes))
+            stamp_ns = START_NS + round(index / arguments.fps * 1e9)
+            yield RecordedFrame(Frame(row.image, row.camera, stamp_ns), row.depth_map())
+
+    info = write_bag(
+        arguments.out,
+        frames(),
+        compression=arguments.compressed,
+        depth_bits=arguments.depth_bits,
+        notes={"source": f"{arguments.labels.name}, {rows.schema} schema"},
+    )
+    for note in notes:
+        print(f"note: {note}")
+    print(_described(info))
+    return 0
+
+
+def _add_info(commands) -> None:
+    parser = commands.add_parser("info", help="what a recording holds", description="Says what a recording holds.")
+    parser.add_argument("bag", type=Path, metavar="BAG", help="a rosbag2 folder, or an .mcap or .db3 file")
+    parser.set_defaults(run=_info)
+
+
+def _info(arguments: argparse.Namespace) -> int:
+    from depthlm_ros.bags import bag_info, read_frames
+
+    info = bag_info(arguments.bag)
+    print(_described(info))
+    first = next(read_frames(arguments.bag))
+    print(f"camera: {first.frame.camera}, frame {first.frame.frame_id!r}")
+    return 0
+
+
+def _described(info) -> str:
+    lines = [f"{info.path}: {info.size_bytes / 1e6:.1f} MB, {info.duration_s:.1f} s"]
+    lines += [f"  {name}  {kind}  {number} messages" for name, kind, number in info.topics]
+    lines += [f"  {key}: {value}" for key, value in info.notes.items()]
+    lines += [f"  ground truth: {info.truth_topic or 'none, so replay can time but not score it'}"]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
