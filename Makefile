@@ -6,8 +6,8 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-# Installed first and alone: what follows accepts it as it is, where a bare "torch" may bring gigabytes of CUDA along.
-# These are arguments of pip, so an index of CPU builds fits in here too.
+# Installed first and alone, so that what follows accepts the build that is there. These are arguments of pip: the index
+# with PyTorch's CPU builds, gigabytes smaller than the default ones, fits in here too.
 TORCH ?= torch==2.13.0
 PYTEST_ARGS ?=
 RESULTS ?= results/latest
@@ -19,10 +19,12 @@ PIP_LOG := $(VENV)/pip.log
 # ROS has left in the variables stays outside (the wheels restart Python once, guarded by the first of them).
 ifeq ($(ROS_VERSION),2)
 ROS := sourced
+OTHER_ROS := wheels
 VENV_ARGS := --system-site-packages
 EXTRAS := test
 else
 ROS := wheels
+OTHER_ROS := sourced
 VENV_ARGS :=
 EXTRAS := test,ros
 ifdef _ROS_WHEELS_BOOTSTRAP_COMPLETE
@@ -32,25 +34,27 @@ unexport _ROS_WHEELS_BOOTSTRAP_COMPLETE PYTHONPATH AMENT_PREFIX_PATH COLCON_PREF
 endif
 unexport PYTHONHOME
 
+# rclpy does not start where neither HOME nor this is set.
+export ROS_LOG_DIR ?= $(abspath $(VENV))/ros_log
+export HF_HUB_OFFLINE := 1
+
 READY := $(VENV)/.ready-$(ROS)
 
 # $(1) what is said, $(2) pip's arguments. Its output is shown only when it fails.
 pip_install = echo "  $(1)"; $(VENV)/bin/python -m pip install --quiet --no-input --disable-pip-version-check $(2) \
 	> $(PIP_LOG) 2>&1 || { cat $(PIP_LOG) >&2; echo "make: pip could not install $(1); the lines above say why" >&2; exit 1; }
 
-.PHONY: demo test env lint clean
 .DEFAULT_GOAL := help
+.PHONY: help demo test env lint clean
 
-.PHONY: help
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
 
 demo: $(READY)
-	@mkdir -p $(RESULTS)
-	@HF_HUB_OFFLINE=1 $(VENV)/bin/python -m depthlm_ros.cli replay models/sample_drive --out $(RESULTS)
+	@$(VENV)/bin/python -m depthlm_ros.cli replay models/sample_drive --out $(RESULTS)
 
 test: $(READY)
-	@ROS_PYTHON_CHECK_FIELDS=1 HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest -p no:cacheprovider $(PYTEST_ARGS)
+	@ROS_PYTHON_CHECK_FIELDS=1 $(VENV)/bin/python -m pytest -p no:cacheprovider $(PYTEST_ARGS)
 
 env: $(READY)
 
@@ -62,8 +66,8 @@ $(READY): setup.py Makefile
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
 		echo "make: Python 3.10 or newer is needed and \"$(PYTHON)\" is not; name one: make PYTHON=python3.12" >&2; exit 1; }
 	@echo "Making the environment in $(VENV)/ (once; several minutes with a slow connection):"
+	@$(PYTHON) -m venv $(if $(wildcard $(VENV)/.ready-$(OTHER_ROS)),--clear) $(VENV_ARGS) $(VENV)
 	@rm -f $(VENV)/.ready-*
-	@$(PYTHON) -m venv --clear $(VENV_ARGS) $(VENV)
 	@$(call pip_install,$(TORCH),$(TORCH))
 	@$(call pip_install,build tools,'setuptools>=70.1$(comma)<80' wheel)
 	@$(call pip_install,this package and what it needs,--no-build-isolation -e '.[$(EXTRAS)]')
