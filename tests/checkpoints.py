@@ -41,8 +41,9 @@ QWEN_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 PIXTRAL_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'assistant' %}{{ message['content'] }}{{ eos_token }}"
-    "{% else %}[INST]{% for item in message['content'] %}{% if item['type'] == 'image' %}[IMG]"
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message['role'] == 'assistant' %}{{ message['content'] }}{{ eos_token }}{% else %}[INST]"
+    "{% for item in message['content'] %}{% if item['type'] == 'image' %}[IMG]"
     "{% elif item['type'] == 'text' %}{{ item['content'] }}{% endif %}{% endfor %}[/INST]{% endif %}{% endfor %}"
 )
 
@@ -75,7 +76,11 @@ def make_checkpoint(
     config = (_llava_config if pixtral else _qwen_config)(architecture, ids, tokenizer.get_vocab_size())
     config["tie_word_embeddings"] = tie_word_embeddings
     if dense_head:
-        config |= {"depth_head_type": "mlp", "depth_head_mlp_hidden": HEAD_HIDDEN, "depth_head_feature_mode": "llm_last"}
+        config |= {
+            "depth_head_type": "mlp",
+            "depth_head_mlp_hidden": HEAD_HIDDEN,
+            "depth_head_feature_mode": "llm_last",
+        }
     _write_json(folder / "config.json", config)
     stop = ids["</s>" if pixtral else "<|im_end|>"]
     _write_json(folder / "generation_config.json", {"eos_token_id": stop, "pad_token_id": stop, "do_sample": False})
@@ -153,6 +158,7 @@ def _text_config(vocabulary: int, stop: int) -> dict:
         "num_key_value_heads": 2,
         "head_dim": 16,
         "max_position_embeddings": 4096,
+        "bos_token_id": None,
         "eos_token_id": stop,
     }
 
@@ -230,8 +236,9 @@ def _weights(folder: Path, tokenizer: Tokenizer, stop: int, seed: int) -> dict[s
         state.pop("lm_head.weight", None)
     else:
         likely = [tokenizer.token_to_id(c) for c in "0123456789."] + [stop]
-        scale = torch.full((len(state["lm_head.weight"]), 1), 0.3)
+        scale = torch.full((len(state["lm_head.weight"]), 1), 0.2)
         scale[likely] = 1.0
+        scale[stop] = 1.5
         state["lm_head.weight"] = state["lm_head.weight"] * scale
     return {name: value.contiguous() for name, value in state.items()}
 

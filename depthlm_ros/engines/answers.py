@@ -46,6 +46,8 @@ class AnswerReader:
 
     def _piece(self, token: int) -> str:
         if token not in self._pieces:
-            shown = "" if token in self._special else self._tokenizer.decode([token], clean_up_tokenization_spaces=False)
+            shown = (
+                "" if token in self._special else self._tokenizer.decode([token], clean_up_tokenization_spaces=False)
+            )
             self._pieces[token] = shown
         return self._pieces[token]

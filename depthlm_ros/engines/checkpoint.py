@@ -14,10 +14,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from depthlm_ros.errors import ModelError
+from depthlm_ros.weights import check_weights, folder_config
 
 ARCHITECTURES = ("qwen3_vl", "qwen2_5_vl", "llava")
 HEAD_PREFIX = "depth_head."
-PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 HUB_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.safetensors", "*.yaml"]
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -77,7 +77,9 @@ def open_checkpoint(source: str | Path, revision: str | None = None) -> Checkpoi
             no safetensors, a missing or damaged file.
     """
     folder = _folder(source, revision)
-    config = _read_config(folder)
+    config = folder_config(folder)
+    check_architecture(config, str(source))
+    check_weights(folder)
     shapes: dict[str, tuple[int, ...]] = {}
     shards: dict[str, Path] = {}
     for path in _weight_files(folder):
@@ -86,12 +88,32 @@ def open_checkpoint(source: str | Path, revision: str | None = None) -> Checkpoi
     return Checkpoint(folder, str(source), config, shapes, shards)
 
 
+def check_architecture(config: dict, name: str) -> None:
+    """Refuses what we have no engine for.
+
+    Args:
+        config: config.json.
+        name: of the model, for the message.
+
+    Raises:
+        ModelError: names the `model_type` seen.
+    """
+    architecture = config.get("model_type")
+    if architecture not in ARCHITECTURES:
+        raise ModelError(f"{name}: model_type {architecture!r} is not supported; known are {', '.join(ARCHITECTURES)}")
+    vision = config.get("vision_config", {}).get("model_type")
+    if architecture == "llava" and vision != "pixtral":
+        raise ModelError(f"{name}: llava with a {vision!r} vision tower is not supported; only Pixtral checkpoints are")
+
+
 def _folder(source: str | Path, revision: str | None) -> Path:
     folder = Path(source).expanduser()
     if folder.is_dir():
         return folder
     if isinstance(source, Path) or not HUB_ID.fullmatch(source):
-        raise ModelError(f"{source} is not a folder; give the folder of a checkpoint or a hub id like 'Qwen/Qwen3-VL-4B-Instruct'")
+        raise ModelError(
+            f"{source} is not a folder; give the folder of a checkpoint or a hub id like 'Qwen/Qwen3-VL-4B-Instruct'"
+        )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -99,57 +121,29 @@ def _folder(source: str | Path, revision: str | None) -> Path:
         return Path(snapshot_download(source, revision=revision, allow_patterns=HUB_FILES))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise ModelError(
-            f"can't fetch {source} from the hub ({type(error).__name__}: {str(error).splitlines()[0]}); check the id and the "
-            "network, run `hf auth login` if the repository is gated, or give a local folder"
+            f"can't fetch {source} from the hub ({type(error).__name__}: {str(error).splitlines()[0]}); check the id "
+            "and the network, run `hf auth login` if the repository is gated, or give a local folder"
         ) from error
-
-
-def _read_config(folder: Path) -> dict:
-    path = folder / "config.json"
-    if not path.is_file():
-        raise ModelError(f"{folder} has no config.json; give the folder of a transformers checkpoint")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{path} is not valid JSON ({error}); fetch it again") from error
-    architecture = config.get("model_type")
-    if architecture not in ARCHITECTURES:
-        raise ModelError(f"{path}: model_type {architecture!r} is not supported; known are {', '.join(ARCHITECTURES)}")
-    vision = config.get("vision_config", {}).get("model_type")
-    if architecture == "llava" and vision != "pixtral":
-        raise ModelError(f"{path}: llava with a {vision!r} vision tower is not supported; only Pixtral checkpoints are")
-    return config
 
 
 def _weight_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        try:
-            files = [folder / name for name in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))]
-        except (ValueError, KeyError) as error:
-            raise ModelError(f"{index} can't be read ({error}); fetch it again") from error
-        missing = [path.name for path in files if not path.is_file()]
-        if missing:
-            raise ModelError(f"{folder} lacks {len(missing)} of {len(files)} weight files, such as {missing[0]}; fetch it again")
-        return files
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        return [folder / name for name in sorted(set(weight_map.values()))]
     single = folder / "model.safetensors"
-    if single.is_file():
-        return [single]
-    pickled = sorted(path.name for pattern in PICKLED for path in folder.glob(pattern))
-    if pickled:
-        raise ModelError(
-            f"{folder} holds only pickled weights ({pickled[0]}), which can run code when loaded; save it again with "
-            "`model.save_pretrained(folder)`, which writes safetensors"
-        )
-    raise ModelError(f"{folder} holds no weights (model.safetensors); fetch them, or check the path")
+    if not single.is_file():
+        seen = sorted(path.name for path in folder.glob("*.safetensors"))
+        raise ModelError(f"{folder} has {seen[0]} but no model.safetensors; convert it to the layout of transformers")
+    return [single]
 
 
 def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    with path.open("rb") as file:
-        if file.read(23) == b"version https://git-lfs":
-            raise ModelError(f"{path} is a Git LFS pointer, not the weights; run `git lfs pull`")
     try:
         with safe_open(path, framework="pt") as file:
             return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
     except (SafetensorError, OSError) as error:
-        raise ModelError(f"{path} ({path.stat().st_size} bytes) is not a whole safetensors file ({error}); fetch it again") from error
+        raise ModelError(
+            f"{path} ({path.stat().st_size} bytes) is not a whole safetensors file ({error}); copy it again "
+            "(git lfs pull, where it is in git)"
+        ) from error

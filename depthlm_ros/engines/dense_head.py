@@ -89,7 +89,7 @@ def unsupported_head(checkpoint: Checkpoint) -> str | None:
     kind = checkpoint.config.get("depth_head_type", by_weights)
     if kind == "mlp":
         return None
-    return f"{checkpoint.name}: depth_head_type {kind!r} can't be run yet, only 'mlp' can; use a text dialect of this model"
+    return f"{checkpoint.name}: depth_head_type {kind!r} can't be run yet, only 'mlp' can; use a text dialect of it"
 
 
 def load_head(checkpoint: Checkpoint, in_features: int, deepstack_maps: int, patch_px: int) -> tuple[MLPDepthHead, str]:
@@ -113,7 +113,9 @@ def load_head(checkpoint: Checkpoint, in_features: int, deepstack_maps: int, pat
     config = checkpoint.config
     mode = config.get("depth_head_feature_mode", "llm_last")
     if mode not in FEATURE_MODES:
-        raise ModelError(f"{checkpoint.name}: depth_head_feature_mode {mode!r} is unknown; known are {', '.join(FEATURE_MODES)}")
+        raise ModelError(
+            f"{checkpoint.name}: depth_head_feature_mode {mode!r} is unknown; known are {', '.join(FEATURE_MODES)}"
+        )
     width = in_features * (deepstack_maps + 1 if mode == "concat" else 1)
     hidden = config.get("depth_head_mlp_hidden", DEFAULT_HIDDEN)
     head = MLPDepthHead(width, hidden, patch_px, config.get("depth_head_output", "softplus"))

@@ -83,14 +83,18 @@ def _auto_device(dtype: str, parameters: int) -> tuple[torch.device, str]:
     name = torch.cuda.get_device_name(gpu)
     if needed > free:
         return torch.device("cpu"), (
-            f"cpu because {name} has {free / GIB:.1f} of {total / GIB:.1f} GiB free and the model needs about {needed / GIB:.1f}"
+            f"cpu because {name} has {free / GIB:.1f} of {total / GIB:.1f} GiB free and the model needs about "
+            f"{needed / GIB:.1f}"
         )
     return gpu, f"{gpu} because {name} is there with {free / GIB:.1f} of {total / GIB:.1f} GiB free"
 
 
 def _auto_dtype(device: torch.device) -> tuple[torch.dtype, str]:
     if device.type == "cpu":
-        return torch.float32, "float32 because it is exact and bfloat16 changes some answers; ask for bfloat16 to save memory"
+        return (
+            torch.float32,
+            "float32 because it is exact and bfloat16 changes some answers; ask for bfloat16 to save memory",
+        )
     if torch.cuda.get_device_capability(device) >= (8, 0):
         return torch.bfloat16, "bfloat16 because the GPU computes in it natively"
     return torch.float16, "float16 because the GPU is older than compute capability 8.0 and lacks bfloat16"

@@ -11,10 +11,15 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoImageProcessor, AutoTokenizer
+from transformers import AutoTokenizer
+
+# Not through AutoImageProcessor: up to transformers 5.14 it can't be had without torchvision.
+from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from depthlm_ros.engines.base import ImageGrid
 from depthlm_ros.engines.checkpoint import Checkpoint
@@ -51,10 +56,11 @@ class PromptProcessor:
     def __init__(self, checkpoint: Checkpoint, system_text: str | None = None) -> None:
         folder, config = checkpoint.folder, checkpoint.config
         self.tokenizer = _load(AutoTokenizer, folder)
-        self._image_processor = _load(AutoImageProcessor, folder, backend="pil")
+        pixtral = checkpoint.architecture == "llava"
+        self._image_processor = _load(PixtralImageProcessorPil if pixtral else Qwen2VLImageProcessorPil, folder)
         self._template = _chat_template(folder) or self.tokenizer.chat_template
         self._system_text = system_text
-        if config["model_type"] == "llava":
+        if pixtral:
             self._read_pixtral(folder, config)
         else:
             self._read_qwen(config)
@@ -71,11 +77,15 @@ class PromptProcessor:
             if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
                 raise ImageError(f"an image is {image.dtype} of shape {image.shape}; pass (H, W, 3) uint8 RGB")
         if len({image.shape for image in images}) != 1:
-            raise ImageError(f"{len(images)} images of sizes {sorted({i.shape[:2] for i in images})}; pass images of one size")
+            raise ImageError(
+                f"{len(images)} images of sizes {sorted({i.shape[:2] for i in images})}; pass images of one size"
+            )
         try:
             tensors = self._image_processor(images=list(images), return_tensors="pt", input_data_format="channels_last")
         except ValueError as error:
-            raise ImageError(f"an image of {images[0].shape[1]}x{images[0].shape[0]} pixels can't be prepared: {error}") from error
+            raise ImageError(
+                f"an image of {images[0].shape[1]}x{images[0].shape[0]} pixels can't be prepared: {error}"
+            ) from error
         names = self._image_processor.model_input_names
         return ImageInputs({name: tensors[name] for name in names}, self._tokens_hw(tensors), len(images))
 
@@ -120,11 +130,9 @@ class PromptProcessor:
             raise ModelError(f"{name} has no chat template; add chat_template.jinja to the folder")
         text = self._chat_text(PROBE)
         if PROBE not in text or text.count(self.image_token) != 1:
-            raise ModelError(
-                f"{name}: the chat template must write the question and one {self.image_token} before it; it wrote {text!r}"
-            )
+            raise ModelError(f"{name}: the chat template must write one {self.image_token} and the question: {text!r}")
         if text.index(self.image_token) > text.index(PROBE):
-            raise ModelError(f"{name}: the chat template puts the question before the image; it wrote {text!r}")
+            raise ModelError(f"{name}: the chat template puts the question before the image: {text!r}")
 
     def _read_qwen(self, config: dict) -> None:
         processor = self._image_processor
@@ -158,11 +166,13 @@ class PromptProcessor:
 PIXTRAL_TOKENS = {"image_token": "[IMG]", "image_break_token": "[IMG_BREAK]", "image_end_token": "[IMG_END]"}
 
 
-def _load(factory: type, folder: Path, **options: object) -> object:
+def _load(factory: type, folder: Path) -> Any:
     try:
-        return factory.from_pretrained(folder, trust_remote_code=False, local_files_only=True, **options)
+        return factory.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{folder}: {factory.__name__} can't be loaded ({str(error).splitlines()[0]}); fetch its files again") from error
+        raise ModelError(
+            f"{folder}: {factory.__name__} can't be loaded ({str(error).splitlines()[0]}); copy its files again"
+        ) from error
 
 
 def _chat_template(folder: Path) -> str | None:
@@ -178,4 +188,4 @@ def _json(path: Path) -> dict:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ModelError(f"{path} is not valid JSON ({error}); fetch it again") from error
+        raise ModelError(f"{path} is not valid JSON ({error}); copy it again") from error

@@ -280,13 +280,19 @@ class TransformersEngine:
         next_position = len(ids)
         if self.info.architecture != "llava":
             position_ids, _ = self.model.model.get_rope_index(
-                input_ids, mm_token_type_ids=is_image.int(), image_grid_thw=inputs.tensors["image_grid_thw"].to(self._device)
+                input_ids,
+                mm_token_type_ids=is_image.int(),
+                image_grid_thw=inputs.tensors["image_grid_thw"].to(self._device),
             )
             next_position = int(position_ids.max()) + 1
         if deepstack:
             options = {"visual_pos_masks": is_image, "deepstack_visual_embeds": deepstack}
         output = self.model.model.language_model(
-            inputs_embeds=embeds, position_ids=position_ids, past_key_values=cache, use_cache=cache is not None, **options
+            inputs_embeds=embeds,
+            position_ids=position_ids,
+            past_key_values=cache,
+            use_cache=cache is not None,
+            **options,
         )
         return output.last_hidden_state, deepstack, next_position
 
@@ -303,7 +309,9 @@ class TransformersEngine:
         out = self.model.model.get_image_features(**tensors)
         maps = out.deepstack_features if self.info.architecture == "qwen3_vl" else []
         # transformers 5.14 gives whole tensors, 5.23 one for each image.
-        return torch.cat(list(out.pooler_output)), [m if isinstance(m, torch.Tensor) else torch.cat(list(m)) for m in maps]
+        return torch.cat(list(out.pooler_output)), [
+            m if isinstance(m, torch.Tensor) else torch.cat(list(m)) for m in maps
+        ]
 
     def _next_logits(self, batch: _Batch) -> torch.Tensor:
         positions = batch.positions
@@ -408,7 +416,9 @@ def _load_model(checkpoint: Checkpoint, dtype: torch.dtype, attn: str) -> PreTra
     text = model.config.get_text_config()
     sliding = "sliding_attention" in (getattr(text, "layer_types", None) or ())
     if sliding or (text.model_type == "mistral" and text.sliding_window is not None):
-        raise ModelError(f"{checkpoint.name} uses sliding-window attention, which is not supported; set sliding_window to null")
+        raise ModelError(
+            f"{checkpoint.name} uses sliding-window attention, which is not supported; set sliding_window to null"
+        )
     return model.eval()
 
 
@@ -418,10 +428,15 @@ def _check_report(name: str, report: dict) -> None:
         raise ModelError(f"{name} lacks {len(missing)} weights, such as {missing[0]}; fetch its files again")
     if mismatched:
         key, stored, wanted = mismatched[0]
-        raise ModelError(f"{name}: {key} has shape {tuple(stored)}, config.json asks for {tuple(wanted)}; one of the files is of another model")
+        raise ModelError(
+            f"{name}: {key} has shape {tuple(stored)}, config.json asks for {tuple(wanted)}; "
+            "one of the two is of another model"
+        )
     unknown = sorted(key for key in report["unexpected_keys"] if not key.startswith(HEAD_PREFIX))
     if unknown:
-        logging.getLogger(__name__).warning("%s holds %d weights that are not used, such as %s", name, len(unknown), unknown[0])
+        logging.getLogger(__name__).warning(
+            "%s holds %d weights that are not used, such as %s", name, len(unknown), unknown[0]
+        )
 
 
 @contextmanager
