@@ -43,7 +43,7 @@ class ModelCard:
         architecture: `model_type` of config.json, one of `ARCHITECTURES`.
         dialects: the questions it was trained on.
         default_dialect: one of them.
-        focal_px: focal length in pixels that images are brought to (SPEC: f_uni of the papers).
+        focal_px: focal length in pixels that images are brought to (f_uni of the papers).
         policy: how they are brought there, "published" or "exact" (see `camera.unify`).
         depth_kind: what its answers measure, "z" or "euclidean".
         coordinate_range: steps along each side in the coordinates dialect.

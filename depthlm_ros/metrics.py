@@ -237,7 +237,7 @@ def _row_bins(rows: np.ndarray, height: int | np.ndarray, bins: int) -> np.ndarr
     relative = (np.asarray(rows, dtype=np.float64).reshape(-1) + 0.5) / height
     if not ((relative >= 0) & (relative <= 1)).all():
         seen = np.asarray(rows).reshape(-1)[~((relative >= 0) & (relative <= 1))][0]
-        raise DatasetError(f"row {seen} is outside its image (height {np.max(height)}); give pixel rows")
+        raise DatasetError(f"row {seen:g} is outside its image (height {np.max(height)}); give pixel rows")
     return np.minimum((relative * bins).astype(np.int64), bins - 1)
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-import struct
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError, safe_open
 
 from depthlm_ros.errors import ModelError
 
@@ -79,16 +80,13 @@ def has_depth_head(folder: Path) -> bool:
 
 
 def _tensor_names(path: Path) -> list[str]:
-    # Format: 8 bytes little-endian length, then that many bytes of JSON.
-    with path.open("rb") as file:
-        head = file.read(8)
-        length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
-        if not 0 < length <= path.stat().st_size - 8:
-            raise ModelError(f"{path} isn't a safetensors file; copy it again (git lfs pull, where it is in git)")
-        try:
-            return list(json.loads(file.read(length)))
-        except ValueError as error:
-            raise ModelError(f"{path} has a damaged header ({error}); copy it again") from error
+    try:
+        with safe_open(path, framework="np") as file:
+            return list(file.keys())
+    except (SafetensorError, OSError) as error:
+        raise ModelError(
+            f"{path} isn't a whole safetensors file ({error}); copy it again (git lfs pull, where it is in git)"
+        ) from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:

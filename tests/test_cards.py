@@ -1,0 +1,319 @@
+"""Cards are read strictly, models are found by name, folder and hub id, and nothing unsafe is called a model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import FrozenInstanceError, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from safetensors.numpy import save_file
+
+from depthlm_ros import cards
+from depthlm_ros.cards import ModelCard, load_card, models_dir, read_card, shipped_cards
+from depthlm_ros.errors import ConfigError, DialectError, ModelError
+
+CARD = {
+    "name": "toy",
+    "source": "toy",
+    "licence": "Apache-2.0",
+    "commercial_use": True,
+    "architecture": "qwen3_vl",
+    "dialects": ["coordinates", "marker"],
+    "default_dialect": "coordinates",
+    "focal_px": 200,
+    "policy": "exact",
+    "depth_kind": "z",
+    "max_new_tokens": 48,
+    "description": "A toy.",
+}
+
+
+def write_card(path: Path, **changes: object) -> Path:
+    values = {key: value for key, value in (CARD | changes).items() if value is not ...}
+    path.write_text(yaml.safe_dump(values), encoding="utf-8")
+    return path
+
+
+def write_model(folder: Path, config: dict | None = None, tensor: str = "lm_head.weight") -> Path:
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config or {"model_type": "qwen3_vl"}), encoding="utf-8")
+    save_file({tensor: np.zeros(2, np.float32)}, folder / "model.safetensors")
+    return folder
+
+
+@pytest.fixture
+def models(tmp_path, monkeypatch) -> Path:
+    """A models folder of our own in place of the shipped one."""
+    folder = tmp_path / "models"
+    folder.mkdir()
+    write_card(folder / "toy.yaml")
+    monkeypatch.setattr(cards, "models_dir", lambda: folder)
+    return folder
+
+
+def test_every_shipped_card_is_valid_and_named_like_its_file():
+    found = {name: read_card(path).name for name, path in shipped_cards().items()}
+    assert set(found) >= {"demo", "depthlm-12b", "vlm3-depth"}
+    assert all(name == key for key, name in found.items())
+
+
+def test_the_demo_may_be_used_by_anyone_and_speaks_all_dialects():
+    card = read_card(models_dir() / "demo.yaml")
+    assert (card.licence, card.commercial_use) == ("Apache-2.0", True)
+    assert (card.dialects, card.default_dialect) == (("dense", "coordinates", "marker"), "dense")
+    assert (card.focal_px, card.policy, card.depth_kind, card.system_text) == (200.0, "exact", "z", None)
+
+
+@pytest.mark.parametrize(("name", "focal_px", "dialect"), [("depthlm-12b", 750, "marker"),
+                                                           ("vlm3-depth", 1000, "coordinates")])  # fmt: skip
+def test_published_models_keep_their_focal_length_and_question_and_forbid_commercial_use(name, focal_px, dialect):
+    card, source = load_card(name)
+    assert (card.focal_px, card.dialects, card.policy) == (focal_px, (dialect,), "published")
+    assert not card.commercial_use
+    assert source == card.source
+    sets = [value for key, value in card.scores["delta1"].items() if key != "average"]
+    assert np.mean(sets) == pytest.approx(card.scores["delta1"]["average"], abs=6e-4)
+
+
+def test_a_card_is_frozen(tmp_path):
+    with pytest.raises(FrozenInstanceError):
+        read_card(write_card(tmp_path / "card.yaml")).focal_px = 3.0
+
+
+def test_an_unknown_key_names_the_nearest_one(tmp_path):
+    with pytest.raises(ConfigError, match="unknown key 'focal_pix'; did you mean 'focal_px'"):
+        read_card(write_card(tmp_path / "card.yaml", focal_pix=3))
+
+
+def test_missing_keys_are_named(tmp_path):
+    with pytest.raises(ConfigError, match="lacks architecture, focal_px"):
+        read_card(write_card(tmp_path / "card.yaml", focal_px=..., architecture=...))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("name", 12, "name is 12"),
+        ("name", "", "name is ''"),
+        ("revision", 1234567, "in quotes if it looks like a number"),
+        ("commercial_use", "no", "commercial_use is 'no'; it must be true or false"),
+        ("architecture", "qwen3vl", "did you mean 'qwen3_vl'"),
+        ("dialects", "marker", "dialects is 'marker'; it must be a list"),
+        ("dialects", [], "must be a list"),
+        ("dialects", ["marker", "marker"], "each dialect once"),
+        ("dialects", ["cordinates"], "did you mean 'coordinates'"),
+        ("default_dialect", "dense", "unknown default_dialect 'dense'"),
+        ("focal_px", 0, "focal_px is 0"),
+        ("focal_px", True, "focal_px is True"),
+        ("focal_px", "1e3", "focal_px is '1e3'"),
+        ("focal_px", float("nan"), "focal_px is nan"),
+        ("policy", "exactly", "did you mean 'exact'"),
+        ("depth_kind", "range", "known: z, euclidean"),
+        ("coordinate_range", 2000.0, "coordinate_range is 2000.0"),
+        ("max_new_tokens", 0, "max_new_tokens is 0"),
+        ("system_text", ["a"], "system_text is"),
+        ("assumptions", "one", "assumptions is 'one'"),
+        ("scores", [0.9], "scores is"),
+        ("scores", {"delta1": 0.9}, "no 'source'"),
+    ],
+)
+def test_a_faulty_value_is_named_with_its_file_and_what_is_wanted(tmp_path, key, value, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        read_card(write_card(tmp_path / "card.yaml", **{key: value}))
+    assert "card.yaml" in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["a: [", "- a\n- b", "", "!!python/object/apply:os.getcwd []"])
+def test_what_is_no_card_is_refused(tmp_path, text):
+    (tmp_path / "card.yaml").write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match="card.yaml"):
+        read_card(tmp_path / "card.yaml")
+
+
+def test_require_dialect_gives_the_default_and_lists_what_is_spoken():
+    card = ModelCard(**CARD)
+    assert card.require_dialect() == "coordinates"
+    assert card.require_dialect("marker") == "marker"
+    with pytest.raises(DialectError, match="'toy': unknown dialect 'dense'.*known: coordinates, marker"):
+        card.require_dialect("dense")
+
+
+def test_a_named_card_gives_its_folder(models):
+    folder = write_model(models / "toy")
+    card, source = load_card("toy")
+    assert (card.name, source) == ("toy", folder)
+
+
+def test_the_hub_id_of_a_shipped_card_gives_that_card():
+    card, source = load_card("facebook/DepthLM")
+    assert (card.name, source) == ("depthlm-12b", "facebook/DepthLM")
+
+
+def test_a_folder_is_read_with_the_card_inside_it(models, tmp_path):
+    folder = write_model(tmp_path / "mine")
+    write_card(folder / "depthlm_card.yaml", name="mine", focal_px=321)
+    card, source = load_card(folder)
+    assert (card.name, card.focal_px, card.assumptions, source) == ("mine", 321.0, (), folder)
+
+
+def test_the_folder_of_a_named_model_keeps_the_card_beside_it(models):
+    write_model(models / "toy")
+    assert load_card(str(models / "toy"))[0].name == "toy"
+
+
+def test_a_model_that_does_not_exist_names_the_nearest_card(models):
+    with pytest.raises(ModelError, match="unknown model 'tooy'; did you mean 'toy'"):
+        load_card("tooy")
+
+
+def test_a_folder_that_does_not_exist_is_named(models, tmp_path):
+    with pytest.raises(ModelError, match="nowhere doesn't exist"):
+        load_card(tmp_path / "nowhere")
+
+
+def test_a_card_whose_folder_is_missing_says_so(models):
+    with pytest.raises(ModelError, match="toy doesn't exist"):
+        load_card("toy")
+
+
+def test_a_hub_model_that_cannot_be_fetched_says_what_to_do(models, monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ModelError, match="nobody/nothing.*download it and pass the folder"):
+        load_card("nobody/nothing")
+
+
+def test_a_folder_without_weights_says_so(models):
+    folder = write_model(models / "toy")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"no \*.safetensors; copy or train"):
+        load_card("toy")
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt"])
+def test_pickled_weights_are_refused_with_the_way_out(models, name):
+    folder = write_model(models / "toy")
+    (folder / "model.safetensors").rename(folder / name)
+    with pytest.raises(ModelError, match=f"{name}.*convert them to safetensors"):
+        load_card("toy")
+
+
+def test_a_missing_shard_is_named(models):
+    folder = write_model(models / "toy")
+    index = {"weight_map": {"a": "model.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    with pytest.raises(ModelError, match="lacks 1 of the 2 shards.*model-00002-of-00002"):
+        load_card("toy")
+
+
+def test_a_folder_without_config_is_refused(models, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ModelError, match="no config.json"):
+        load_card(tmp_path / "empty")
+
+
+def test_a_card_that_contradicts_its_folder_is_refused(models):
+    write_model(models / "toy", {"model_type": "qwen2_5_vl"})
+    with pytest.raises(ModelError, match="model_type 'qwen2_5_vl' but its card says 'qwen3_vl'"):
+        load_card("toy")
+
+
+@pytest.mark.parametrize(
+    ("config", "tensor", "dialect", "focal_px", "policy", "kind", "system_text"),
+    [
+        ({"model_type": "qwen3_vl"}, "lm_head.weight", "coordinates", 1000, "published", "euclidean", None),
+        ({"model_type": "qwen3_vl"}, "depth_head.norm.weight", "dense", 1000, "exact", "z",
+         "You are a helpful assistant."),
+        ({"model_type": "qwen2_5_vl"}, "lm_head.weight", "marker", 1000, "published", "euclidean",
+         "You are a helpful assistant."),
+        ({"model_type": "llava", "vision_config": {"model_type": "pixtral"}}, "lm_head.weight", "marker", 750,
+         "published", "euclidean", None),
+    ],
+)  # fmt: skip
+def test_a_folder_without_card_is_recognised_and_the_assumptions_are_told(
+    models, tmp_path, config, tensor, dialect, focal_px, policy, kind, system_text
+):
+    card, source = load_card(write_model(tmp_path / "found", config, tensor))
+    assert (card.dialects, card.default_dialect, card.focal_px) == ((dialect,), dialect, focal_px)
+    assert (card.policy, card.depth_kind, card.system_text) == (policy, kind, system_text)
+    assert (card.name, source, card.commercial_use) == ("found", tmp_path / "found", False)
+    told = " | ".join(card.assumptions)
+    for what in (config["model_type"], dialect, f"{focal_px} px", policy, "licence"):
+        assert what in told
+
+
+@pytest.mark.parametrize(
+    ("config", "seen"),
+    [({"model_type": "bert"}, "'bert'"), ({}, "'qwen3'"), ({"model_type": "llava"}, "'llava' with vision None")],
+)
+def test_an_unknown_architecture_is_named(models, tmp_path, config, seen):
+    folder = write_model(tmp_path / "found", config or {"model_type": "qwen3"})
+    with pytest.raises(ModelError, match=f"model_type {seen} isn't known; known: qwen3_vl"):
+        load_card(folder)
+
+
+@pytest.mark.parametrize(
+    "content", [b"version https://git-lfs.github.com/spec/v1\n", b"", b"\x08\0\0\0\0\0\0\0not json"]
+)
+def test_a_file_that_is_not_safetensors_is_refused(models, tmp_path, content):
+    folder = write_model(tmp_path / "found")
+    (folder / "model.safetensors").write_bytes(content)
+    with pytest.raises(ModelError, match="isn't a whole safetensors file"):
+        load_card(folder)
+
+
+def test_a_broken_config_is_refused(models, tmp_path):
+    folder = write_model(tmp_path / "found")
+    (folder / "config.json").write_text("{", encoding="utf-8")
+    with pytest.raises(ModelError, match="isn't valid JSON"):
+        load_card(folder)
+
+
+def test_a_recognised_card_can_be_written_into_its_folder_and_read_back(models, tmp_path):
+    folder = write_model(tmp_path / "found")
+    card, _ = load_card(folder)
+    values = {key: list(v) if isinstance(v, tuple) else v for key, v in vars(card).items()}
+    write_card(folder / "depthlm_card.yaml", **values)
+    assert load_card(folder)[0] == card
+
+
+def test_a_card_can_be_changed_only_into_a_valid_one():
+    with pytest.raises(ConfigError, match="policy 'other'"):
+        replace(ModelCard(**CARD), policy="other")
+
+
+def install(prefix: Path, package: Path) -> Path:
+    """Copies cards.py and the cards as an installation would lie there; returns its models folder."""
+    package.mkdir(parents=True)
+    shutil.copy(cards.__file__, package)
+    folder = prefix / "share" / "depthlm_ros" / "models"
+    folder.mkdir(parents=True)
+    write_card(folder / "demo.yaml")
+    return folder
+
+
+def test_an_installed_package_finds_the_cards_of_its_own_prefix(tmp_path, monkeypatch):
+    package = tmp_path / "a" / "lib" / "python3.12" / "site-packages" / "depthlm_ros"
+    folder = install(tmp_path / "a", package)
+    other = install(tmp_path / "b", tmp_path / "b" / "depthlm_ros")
+    monkeypatch.setattr(cards, "__file__", str(package / "cards.py"))
+    monkeypatch.setenv("AMENT_PREFIX_PATH", str(other.parents[2]))
+    assert models_dir() == folder
+
+
+def test_cards_are_found_by_ament_prefix_where_the_package_lies_elsewhere(tmp_path, monkeypatch):
+    folder = install(tmp_path / "ws", tmp_path / "elsewhere" / "depthlm_ros")
+    monkeypatch.setattr(cards, "__file__", str(tmp_path / "elsewhere" / "depthlm_ros" / "cards.py"))
+    monkeypatch.setenv("AMENT_PREFIX_PATH", f"{tmp_path / 'other'}:{tmp_path / 'ws'}")
+    assert models_dir() == folder
+
+
+def test_no_cards_at_all_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setattr(cards, "__file__", str(tmp_path / "depthlm_ros" / "cards.py"))
+    monkeypatch.setattr("sys.prefix", str(tmp_path))
+    monkeypatch.delenv("AMENT_PREFIX_PATH", raising=False)
+    with pytest.raises(ModelError, match="install the package with its data files"):
+        models_dir()
