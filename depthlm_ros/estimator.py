@@ -1,0 +1,256 @@
+"""Image + camera + pixels -> metric depth. The whole pipeline without ROS.
+
+    estimator = Estimator.load("demo")
+    result = estimator.estimate(image, camera, pixels)
+    points = camera.unproject(result.pixels, result.depth_m)
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import TracebackType
+
+import numpy as np
+
+from depthlm_ros.camera import Camera, UnifiedView, sample_map, unify
+from depthlm_ros.cards import ModelCard, load_card
+from depthlm_ros.depth import DEPTH_KINDS, DepthResult, ZDepth
+from depthlm_ros.engines import load_engine
+from depthlm_ros.engines.base import Answer, Engine
+from depthlm_ros.errors import PixelError
+from depthlm_ros.markers import draw_arrow, drawable
+from depthlm_ros.prompts import coordinates_question, dense_question, marker_question, normalise_pixel, parse_depths
+from depthlm_ros.sampling import sample_pixels, stride_pixels
+
+# Questions handed to the engine at once, so that progress shows and marked images don't fill the memory.
+_CHUNK = 256
+DEFAULT_POINTS = 256
+
+Progress = Callable[[int], None]
+
+
+class Estimator:
+    """A loaded model that measures depth in images of any camera. Not re-entrant: one caller at a time.
+
+    Attributes:
+        card: what the model was trained to see and to say.
+        engine: who answers.
+        policy: how images are brought to the model's focal length.
+    """
+
+    def __init__(self, card: ModelCard, engine: Engine, policy: str | None = None, dialect: str | None = None) -> None:
+        self.card = card
+        self.engine = engine
+        self.policy = policy or card.policy
+        self.default_dialect = card.require_dialect(dialect)
+
+    @classmethod
+    def load(
+        cls,
+        model: str = "demo",
+        *,
+        device: str = "auto",
+        dtype: str = "auto",
+        policy: str | None = None,
+        dialect: str | None = None,
+        batch_size: int = 64,
+    ) -> Estimator:
+        """Loads a model.
+
+        Args:
+            model: name of a card, a folder of weights, or a hub id.
+            device: "auto", "cpu", "cuda" or "cuda:N".
+            dtype: "auto", "float32", "bfloat16" or "float16".
+            policy: "published" or "exact"; None takes the card's.
+            dialect: spoken when `estimate` isn't told another; None takes the card's.
+            batch_size: questions decoded together.
+
+        Raises:
+            ModelError: the model can't be found or loaded.
+            DialectError: it doesn't speak the dialect.
+            ConfigError: an unknown value.
+        """
+        card, source = load_card(model)
+        card.require_dialect(dialect)
+        engine = load_engine(source, card, device=device, dtype=dtype, batch_size=batch_size)
+        return cls(card, engine, policy, dialect)
+
+    @property
+    def dialects(self) -> tuple[str, ...]:
+        """The dialects that the model speaks."""
+        return self.card.dialects
+
+    def describe(self) -> list[str]:
+        """What was loaded, where it runs and why, and what had to be assumed; a line each."""
+        info = self.engine.info
+        return [
+            f"model {self.card.name} ({info.model}): {info.architecture}, {info.parameters / 1e6:.1f}M parameters, "
+            f"licence {self.card.licence}",
+            f"speaks {', '.join(self.dialects)}; focal length {self.card.focal_px:g} px, policy {self.policy}, "
+            f"answers are {'z-depth' if self.card.depth_kind == 'z' else 'Euclidean distance, converted to z-depth'}",
+            f"engine {info.engine} on {info.device} in {info.dtype}: {'; '.join(info.reasons)}",
+            *(f"assumed: {assumption}" for assumption in self.card.assumptions),
+        ]
+
+    def estimate(
+        self,
+        image: np.ndarray,
+        camera: Camera,
+        pixels: np.ndarray | None = None,
+        *,
+        dialect: str | None = None,
+        progress: Progress | None = None,
+    ) -> DepthResult:
+        """Measures z-depth at pixels of one image.
+
+        Args:
+            image: (H, W, 3) uint8 RGB.
+            camera: intrinsics of `image`.
+            pixels: (N, 2) `(u, v)` of `image`; None asks every pixel in the dense dialect and a grid of 256 otherwise.
+            dialect: one of `dialects`; None takes the default.
+            progress: called with the number of points that were just answered.
+
+        Returns:
+            A row for each pixel, in their order; pixels that the dialect can't refer to have `asked` False.
+            Confidence is the probability of the number that was said in the text dialects; in the dense dialect it
+            is how flat the map is around the pixel (1 - relative spread of its four neighbours), which is no
+            probability but falls where a point would fly between two surfaces.
+
+        Raises:
+            ImageError, CameraError, PixelError: bad input.
+            DialectError: the model doesn't speak the dialect.
+            EngineError: the engine failed.
+        """
+        dialect = self.default_dialect if dialect is None else self.card.require_dialect(dialect)
+        if pixels is None:
+            whole = dialect == "dense"
+            pixels = stride_pixels(camera.width, camera.height, 1) if whole else sample_pixels(
+                camera.width, camera.height, DEFAULT_POINTS)  # fmt: skip
+        pixels = _checked_pixels(pixels, camera)
+        clock = _Clock()
+        with clock("unify"):
+            view = unify(image, camera, self.card.focal_px, self.policy, self.engine.grid)
+            at = view.from_source(pixels)
+            asked = view.inside(at)
+        ask = {"dense": self._dense, "coordinates": self._coordinates, "marker": self._marker}[dialect]
+        metres, confidence, asked, answers = ask(view, at, asked, clock, progress or _no_progress)
+        with clock("geometry"):
+            answered = DEPTH_KINDS[self.card.depth_kind](metres)
+            z = answered if isinstance(answered, ZDepth) else answered.to_z(camera.rays(pixels))
+            good = np.isfinite(z.metres) & asked
+        return DepthResult(
+            pixels=pixels,
+            depth_m=np.where(good, z.metres, np.nan).astype(np.float32),
+            confidence=np.where(good, confidence, 0).astype(np.float32),
+            asked=asked,
+            dialect=dialect,
+            answers=answers,
+            timing_s=clock.seconds,
+        )
+
+    def close(self) -> None:
+        """Frees the model's memory."""
+        self.engine.close()
+
+    def __enter__(self) -> Estimator:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _dense(self, view: UnifiedView, at: np.ndarray, asked: np.ndarray, clock: _Clock, progress: Progress):
+        with clock("model"):
+            depth = self.engine.depth_map(view.image, dense_question())
+        with clock("geometry"):
+            # A `published` view isn't of a size that the processor keeps; the map then has the processor's size.
+            gain = np.array([depth.shape[1] / view.camera.width, depth.shape[0] / view.camera.height])
+            place = (at + 0.5) * gain - 0.5
+            metres = sample_map(depth, place)
+            confidence = 1 - _spread(depth, place)
+        progress(len(at))
+        return metres, confidence, asked, ()
+
+    def _coordinates(self, view: UnifiedView, at: np.ndarray, asked: np.ndarray, clock: _Clock, progress: Progress):
+        steps = self.card.coordinate_range
+        rows = np.flatnonzero(asked)
+        said = normalise_pixel(at[rows], view.camera.width, view.camera.height, steps)
+        questions = [coordinates_question(nx, ny, steps) for nx, ny in said.tolist()]
+        answers: list[Answer] = []
+        with clock("model"):
+            # The whole frame in one call: the image is encoded and its prefix prefilled once.
+            answers = self.engine.answer_shared(view.image, questions, self.card.max_new_tokens) if questions else []
+        progress(len(at))
+        return self._read(answers, rows, asked)
+
+    def _marker(self, view: UnifiedView, at: np.ndarray, asked: np.ndarray, clock: _Clock, progress: Progress):
+        # The exact policy gives sub-pixel places; an arrow points at whole pixels.
+        whole = at if self.policy == "published" else np.rint(at)
+        asked = asked & drawable(whole, view.camera.width, view.camera.height)
+        rows = np.flatnonzero(asked)
+        answers: list[Answer] = []
+        for start in range(0, len(rows), _CHUNK):
+            some = rows[start : start + _CHUNK]
+            with clock("marker"):
+                images = [draw_arrow(view.image, (u, v)) for u, v in whole[some].astype(int).tolist()]
+            with clock("model"):
+                questions = [marker_question()] * len(images)
+                answers += self.engine.answer_each(images, questions, self.card.max_new_tokens)
+            progress(len(some))
+        return self._read(answers, rows, asked)
+
+    @staticmethod
+    def _read(answers: list[Answer], rows: np.ndarray, asked: np.ndarray):
+        metres = np.full(len(asked), np.nan, np.float32)
+        confidence = np.zeros(len(asked), np.float32)
+        texts = [""] * len(asked)
+        metres[rows] = parse_depths(answer.text for answer in answers)
+        confidence[rows] = [answer.confidence for answer in answers]
+        for row, answer in zip(rows, answers, strict=True):
+            texts[row] = answer.text
+        return metres, confidence, asked, tuple(texts)
+
+
+class _Clock:
+    """Adds up the seconds of each stage."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+
+
+def _no_progress(_: int) -> None:
+    return None
+
+
+def _checked_pixels(pixels: np.ndarray, camera: Camera) -> np.ndarray:
+    pixels = np.asarray(pixels, np.float32)
+    if pixels.ndim != 2 or pixels.shape[1] != 2:
+        raise PixelError(f"pixels have shape {pixels.shape}; pass an (N, 2) array of (u, v)")
+    outside = ~camera.contains(pixels)
+    if outside.any():
+        u, v = pixels[np.flatnonzero(outside)[0]]
+        raise PixelError(
+            f"pixel ({u:g}, {v:g}) is outside of the {camera.width}x{camera.height} image; {outside.sum()} of "
+            f"{len(pixels)} are; leave them out"
+        )
+    return pixels
+
+
+def _spread(depth: np.ndarray, place: np.ndarray) -> np.ndarray:
+    """(N,) relative spread, in [0, 1], of the four map values around each place."""
+    height, width = depth.shape
+    low = np.floor(np.nan_to_num(place)).astype(np.intp)
+    u = np.clip(np.stack([low[:, 0], low[:, 0] + 1]), 0, width - 1)
+    v = np.clip(np.stack([low[:, 1], low[:, 1] + 1]), 0, height - 1)
+    around = depth[v[:, None], u[None, :]].reshape(4, -1)
+    most = around.max(0)
+    return np.clip((most - around.min(0)) / most, 0, 1)
