@@ -73,6 +73,7 @@ def test_arrays_of_different_shapes_are_refused():
         depth_metrics(np.ones(2), np.ones(3))
 
 
+@settings(deadline=None)
 @given(depth_lists, st.floats(0.2, 5))
 def test_scale_invariant_log_ignores_scale_and_median_scale_finds_it(true, scale):
     m = depth_metrics(np.array(true) * scale, true)
@@ -80,6 +81,7 @@ def test_scale_invariant_log_ignores_scale_and_median_scale_finds_it(true, scale
     assert m.median_scale == pytest.approx(scale)
 
 
+@settings(deadline=None)
 @given(depth_lists)
 def test_no_constant_beats_the_best_constant(true):
     constant, delta1 = best_constant(true)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from depthlm_ros.errors import DatasetError, PixelError
@@ -77,6 +77,7 @@ def test_pixels_are_normalised_as_in_vlm3s_sample_data(pixel, normalised):
     assert tuple(normalise_pixel(np.array([pixel]), 1215, 920)[0]) == normalised
 
 
+@settings(deadline=None)
 @given(width=st.integers(1, 10_000), height=st.integers(1, 10_000), data=st.data())
 def test_normalised_pixels_stay_below_the_range(width, height, data):
     u, v = data.draw(st.integers(0, width)), data.draw(st.integers(0, height))
@@ -107,6 +108,7 @@ def test_answer_text_is_depthlms_training_target():
     )
 
 
+@settings(deadline=None)
 @given(st.floats(0.01, MAX_DEPTH_M))
 def test_a_written_depth_is_read_back_to_the_centimetre(depth_m):
     assert parse_depth(answer_text(depth_m)) == pytest.approx(depth_m, abs=0.005 + 1e-9)
@@ -170,6 +172,7 @@ def test_everything_else_is_no_answer(text):
     assert parse_depth(text) is None
 
 
+@settings(deadline=None)
 @given(st.one_of(st.text(), near_answers, bodies))
 @example("<answer>0." + "0" * 50 + "1</answer>")
 @example("<answer>" + "9" * 5000 + "</answer>")
@@ -178,6 +181,7 @@ def test_no_text_breaks_the_parser_or_gives_an_impossible_depth(text):
     assert depth_m is None or MIN_DEPTH_M <= depth_m <= MAX_DEPTH_M
 
 
+@settings(deadline=None)
 @given(st.one_of(near_answers, bodies))
 def test_what_is_read_is_what_vlm3s_expression_reads(text):
     depth_m = parse_depth(text)
@@ -185,6 +189,7 @@ def test_what_is_read_is_what_vlm3s_expression_reads(text):
         assert float(VLM3_ANSWER.search(text).group(1)) == depth_m
 
 
+@settings(deadline=None)
 @given(st.lists(st.one_of(near_answers, bodies), max_size=8))
 def test_many_answers_are_float32_with_nan_where_there_is_none(texts):
     depths = parse_depths(texts)
