@@ -86,7 +86,9 @@ def cloud_message(
         raise CloudError(f"an organised cloud of {height} x {width} can't hold {n} points; pass (height, width)")
 
     rows = np.empty((n, len(CLOUD_FIELDS)), "<f4")
-    rows[:, :3] = points
+    # Column by column: numpy is four times slower on an inner axis of 3.
+    for i in range(3):
+        rows[:, i] = points[:, i]
     packed = rows.view("u1")[:, 12:16]
     packed[:, 0] = rgb[:, 2]
     packed[:, 1] = rgb[:, 1]
@@ -99,9 +101,9 @@ def cloud_message(
         msgs.PointField(name=name, offset=4 * i, datatype=_FLOAT32, count=1) for i, name in enumerate(CLOUD_FIELDS)
     ]
     message.is_bigendian = False
-    message.point_step = rows.strides[0]
+    message.point_step = rows.itemsize * len(CLOUD_FIELDS)
     message.row_step = message.point_step * width
-    message.is_dense = bool(np.isfinite(rows[:, :3]).all())
+    message.is_dense = bool(np.isfinite(points).all())
     message.data.frombytes(rows.reshape(-1).view("u1"))
     return message
 
@@ -147,7 +149,7 @@ def read_cloud(msg: Any) -> dict[str, np.ndarray]:
         values = values.astype(values.dtype.newbyteorder("="))
         if name in ("rgb", "rgba") and values.dtype.itemsize == 4:
             values = _unpack_rgb(values)
-        arrays[name] = values if msg.height > 1 else values[0]
+        arrays[name] = values if msg.height > 1 else values.reshape(-1, *values.shape[2:])
     if {"x", "y", "z"} <= arrays.keys():
         arrays["points"] = np.stack([arrays["x"], arrays["y"], arrays["z"]], axis=-1).astype(np.float32, copy=False)
     return arrays
