@@ -76,13 +76,13 @@ _prepare_environment()
 _name_training()
 
 
-def foreign_environment(**changes: str) -> dict[str, str]:
+def foreign_environment() -> dict[str, str]:
     """Returns the environment for a child that runs the Python of another environment."""
     own = ("_ROS_WHEELS_BOOTSTRAP_COMPLETE", "PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
     environment = {name: value for name, value in os.environ.items() if name not in own}
     if "_ROS_WHEELS_BOOTSTRAP_COMPLETE" in os.environ:
         environment.pop("LD_LIBRARY_PATH", None)
-    return {**environment, **changes}
+    return environment
 
 
 @contextlib.contextmanager
