@@ -349,3 +349,7 @@ def _yaml_value(value: Any) -> str:
 
 def _number(value: float) -> str:
     return f"{value:g}" if value < 1e6 else f"{value:.0f}"
+
+
+if __name__ == "__main__":
+    print(markdown_table(), end="")
