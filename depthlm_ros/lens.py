@@ -143,9 +143,12 @@ def _bent_angle(distortion: Distortion, angle: np.ndarray) -> tuple[np.ndarray, 
 
 
 def _first_positive_root(polynomial: Polynomial) -> float:
-    roots = polynomial.trim().roots()
-    real = roots.real[(np.abs(roots.imag) < 1e-9 * (1 + np.abs(roots.real))) & (roots.real > 0)]
-    return float(real.min(initial=np.inf))
+    """The smallest positive root of a polynomial that is 1 at 0; infinity where it has none."""
+    # Reversed it is monic, so that coefficients next to nothing don't blow up; its roots are the reciprocals.
+    reciprocals = Polynomial(polynomial.coef[::-1]).roots()
+    real = reciprocals.real[np.abs(reciprocals.imag) < 1e-9 * (1 + np.abs(reciprocals.real))]
+    largest = float(real.max(initial=0.0))
+    return 1 / largest if largest > 1e-12 else math.inf
 
 
 @lru_cache(maxsize=32)
