@@ -22,6 +22,8 @@ NAME = "depthlm_ros"
 MANIFEST = ElementTree.parse(ROOT / "package.xml").getroot()
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
+# The other folders in models/ are somebody's own checkpoints.
+SHIPPED_MODELS = ("demo", "sample_drive")
 # Distributions whose import name is another one.
 IMPORT_NAMES = {"opencv-python-headless": "cv2", "pillow": "PIL", "pyyaml": "yaml"}
 # Imported only where they happen to be installed, so nothing may demand them.
@@ -45,7 +47,7 @@ def run(*command: str | Path, cwd: Path, **environment: str) -> str:
 
 def shipped_files() -> list[Path]:
     """The files of the folders that are installed as data, relative to the repository."""
-    folders = [ROOT / "launch", ROOT / "config", ROOT / "models/demo", ROOT / "models/sample_drive"]
+    folders = [ROOT / "launch", ROOT / "config", *(ROOT / "models" / name for name in SHIPPED_MODELS)]
     files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
     files += (ROOT / "models").glob("*.yaml")
     return sorted(path.relative_to(ROOT) for path in files if "__pycache__" not in path.parts)
@@ -72,9 +74,13 @@ def imported_names(folder: str) -> set[str]:
 def source_copy(tmp_path_factory) -> Path:
     """The repository without what git, pip and colcon put there."""
     copy = tmp_path_factory.mktemp("source") / NAME
-    left_out = shutil.ignore_patterns(
-        ".git", ".venv", "build", "install", "log", "results", "runs", "*.egg-info", "__pycache__", ".*_cache"
-    )
+    names = (".git", ".venv", "build", "install", "log", "results", "runs", "*.egg-info", "__pycache__", ".*_cache")
+    by_name = shutil.ignore_patterns(*names)
+
+    def left_out(folder: str, entries: list[str]) -> set[str]:
+        foreign = [entry for entry in entries if Path(folder, entry).is_dir() and entry not in SHIPPED_MODELS]
+        return {*by_name(folder, entries), *(foreign if Path(folder) == ROOT / "models" else [])}
+
     shutil.copytree(ROOT, copy, ignore=left_out, symlinks=True)
     return copy
 
