@@ -10,7 +10,6 @@ somebody listens to `points`, `depth` or `overlay`.
 
 from __future__ import annotations
 
-import copy
 import functools
 import os
 import sys
@@ -18,49 +17,43 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import rclpy
-from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
+from diagnostic_msgs.msg import DiagnosticArray
 from rcl_interfaces.msg import SetParametersResult
 from rclpy.clock import Clock, ClockType
 from rclpy.event_handler import PublisherEventCallbacks, SubscriptionEventCallbacks
 from rclpy.executors import ExternalShutdownException
 from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
 from rclpy.parameter import Parameter
-from sensor_msgs.msg import CameraInfo, CompressedImage, Image, PointCloud2
+from sensor_msgs.msg import CameraInfo, CompressedImage, Image
 
 from depthlm_ros import qos
 from depthlm_ros.camera import camera_from_info
 from depthlm_ros.config import NODE_NAME, Parameters
 from depthlm_ros.errors import CameraError, ConfigError, DepthLMError, DialectError
-from depthlm_ros.estimator import Estimator
-from depthlm_ros.messages import (
-    cloud_message,
-    decode_compressed,
-    decode_image,
-    depth_message,
-    header_stamp_ns,
-    rgb_message,
-)
+from depthlm_ros.messages import decode_compressed, decode_image, header_stamp_ns
 from depthlm_ros.middleware import use_large_message_profile
 from depthlm_ros.monitor import Monitor
-from depthlm_ros.overlay import overlay
+from depthlm_ros.outputs import OUTPUTS, build_outputs, diagnostics_message
 from depthlm_ros.pairing import Pairing
-from depthlm_ros.queries import depth_image, keep_good, plan_query
+from depthlm_ros.queries import keep_good, plan_query
 from depthlm_ros.ros_parameters import changed, declare
 from depthlm_ros.topics import compressed_topic, sibling_topic
 from depthlm_ros.worker import Counts, Worker
+
+if TYPE_CHECKING:
+    from depthlm_ros.estimator import Estimator
 
 # Fast enough that nobody waits for the first cloud, slow enough to cost nothing.
 _HOUSEKEEPING_S = 0.1
 _DIAGNOSTICS_S = 1.0
 # A camera can fail thirty times a second; a person reads one line of it.
 _LOG_INTERVAL_S = 5.0
-_LEVELS = {"ok": DiagnosticStatus.OK, "warn": DiagnosticStatus.WARN, "error": DiagnosticStatus.ERROR}
 
-EstimatorFactory = Callable[[Parameters], Estimator]
+EstimatorFactory = Callable[[Parameters], "Estimator"]
 
 
 def load_estimator(parameters: Parameters) -> Estimator:
@@ -69,6 +62,11 @@ def load_estimator(parameters: Parameters) -> Estimator:
     Raises:
         DepthLMError: it can't be loaded, or doesn't speak the dialect.
     """
+    from depthlm_ros.engines.devices import limit_cpu_threads
+    from depthlm_ros.estimator import Estimator
+
+    if parameters.cpu_threads:
+        limit_cpu_threads(parameters.cpu_threads)
     return Estimator.load(**parameters.load_arguments())
 
 
@@ -167,8 +165,7 @@ class DepthNode(LifecycleNode):
             self.get_logger().info(line)
         self._monitor = Monitor()
         self._worker = Worker(functools.partial(self._work, self._estimator), self._frame_failed, self._estimator.close)
-        kinds = {"points": PointCloud2, "depth": Image, "depth/camera_info": CameraInfo, "overlay": Image}
-        self._outputs = {name: self._create_output(kind, name) for name, kind in kinds.items()}
+        self._outputs = {name: self._create_output(kind, name) for name, kind in OUTPUTS.items()}
         return super().on_configure(state)
 
     def on_activate(self, state: LifecycleState) -> TransitionCallbackReturn:
@@ -342,30 +339,7 @@ class DepthNode(LifecycleNode):
         result = keep_good(answer, parameters)
         answered = time.perf_counter()
 
-        stamp_ns, frame_id = header_stamp_ns(message.header), message.header.frame_id
-        messages = {}
-        if "points" in wanted:
-            rows = slice(None) if query.cloud_rows is None else query.cloud_rows
-            if query.organised_shape is None:
-                rows = np.arange(len(result))[rows]
-                rows = rows[result.valid[rows]]
-            pixels = result.pixels[rows]
-            u, v = pixels.astype(np.intp).T
-            messages["points"] = cloud_message(
-                stamp_ns,
-                frame_id,
-                camera.unproject(pixels, result.depth_m[rows]).astype(np.float32),
-                image[v, u],
-                result.confidence[rows],
-                query.organised_shape,
-            )
-        if "depth" in wanted:
-            messages["depth"] = depth_message(depth_image(result, width, height), stamp_ns, frame_id)
-            depth_info = copy.copy(info)
-            depth_info.header = message.header
-            messages["depth/camera_info"] = depth_info
-        if "overlay" in wanted:
-            messages["overlay"] = rgb_message(overlay(image, result.pixels, result.depth_m), stamp_ns, frame_id)
+        messages = build_outputs(wanted, image, camera, info, message.header, query, result)
         with self._publishing:
             if activation == self._activation:
                 for name, output in messages.items():
@@ -395,30 +369,17 @@ class DepthNode(LifecycleNode):
 
     def _report(self) -> None:
         self._explain_mismatches()
-        status = self._monitor.report(
-            self._describe_state(), self.counts.received, self.counts.dropped, self._warnings()
-        )
+        counts = self.counts
+        status = self._monitor.report(self._describe_state(), counts.received, counts.dropped, self._warnings())
         values = {"state": self._state_machine.current_state[1], "model": self.parameters.model}
         if self._estimator is not None:
             info = self._estimator.engine.info
-            values |= {
-                "dialect": _spoken_dialect(self._estimator, self.parameters),
-                "device": info.device,
-                "dtype": info.dtype,
-                "why": " ".join(info.reasons),
-            }
-        message = DiagnosticArray()
-        message.header.stamp = self.get_clock().now().to_msg()
-        message.status = [
-            DiagnosticStatus(
-                level=_LEVELS[status.level],
-                name=f"{self.get_fully_qualified_name().lstrip('/')}: depth",
-                message=status.message,
-                hardware_id=self.parameters.model,
-                values=[KeyValue(key=key, value=value) for key, value in (values | status.values).items()],
-            )
-        ]
-        self._diagnostics.publish(message)
+            values["dialect"] = _spoken_dialect(self._estimator, self.parameters)
+            values |= {"device": info.device, "dtype": info.dtype, "why": "; ".join(info.reasons)}
+        status = replace(status, values=values | status.values)
+        name = f"{self.get_fully_qualified_name().lstrip('/')}: depth"
+        stamp = self.get_clock().now().to_msg()
+        self._diagnostics.publish(diagnostics_message(stamp, name, self.parameters.model, status))
 
     def _describe_state(self) -> str:
         state = self._state_machine.current_state[1]

@@ -55,6 +55,11 @@ def choose_placement(device: str = "auto", dtype: str = "auto", parameters: int 
     return Placement(chosen, auto, (why_device, why_dtype))
 
 
+def limit_cpu_threads(count: int) -> None:
+    """Leaves CPU cores to others: the operators of this process run on at most `count` of them."""
+    torch.set_num_threads(count)
+
+
 def _choose_device(device: str, dtype: str, parameters: int) -> tuple[torch.device, str]:
     if device == "auto":
         return _auto_device(dtype, parameters)

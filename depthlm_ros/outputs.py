@@ -1,0 +1,87 @@
+"""What the node publishes of one measured frame, as ROS messages; only what somebody listens to is built."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection
+from typing import Any
+
+import numpy as np
+from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
+from sensor_msgs.msg import CameraInfo, Image, PointCloud2
+from std_msgs.msg import Header
+
+from depthlm_ros.camera import Camera
+from depthlm_ros.depth import DepthResult
+from depthlm_ros.messages import cloud_message, depth_message, header_stamp_ns, rgb_message
+from depthlm_ros.monitor import Status
+from depthlm_ros.overlay import overlay
+from depthlm_ros.queries import Query, depth_image
+
+OUTPUTS = {"points": PointCloud2, "depth": Image, "depth/camera_info": CameraInfo, "overlay": Image}
+_LEVELS = {"ok": DiagnosticStatus.OK, "warn": DiagnosticStatus.WARN, "error": DiagnosticStatus.ERROR}
+
+
+def build_outputs(
+    wanted: Collection[str],
+    image: np.ndarray,
+    camera: Camera,
+    info: CameraInfo,
+    header: Header,
+    query: Query,
+    result: DepthResult,
+) -> dict[str, Any]:
+    """Builds the messages of one frame.
+
+    Args:
+        wanted: names of topics among `OUTPUTS`; `depth/camera_info` comes with `depth`.
+        image: (H, W, 3) uint8 RGB.
+        camera: its intrinsics.
+        info: the CameraInfo they were read from; it describes the depth image just as well.
+        header: of the image; every output carries its stamp and its optical frame.
+        query: what was asked.
+        result: what was answered, one row for each of the query's pixels.
+
+    Returns:
+        Topic name to message.
+    """
+    stamp_ns, frame_id = header_stamp_ns(header), header.frame_id
+    messages: dict[str, Any] = {}
+    if "points" in wanted:
+        messages["points"] = _cloud(image, camera, stamp_ns, frame_id, query, result)
+    if "depth" in wanted:
+        height, width = image.shape[:2]
+        messages["depth"] = depth_message(depth_image(result, width, height), stamp_ns, frame_id)
+        messages["depth/camera_info"] = copy.copy(info)
+        messages["depth/camera_info"].header = header
+    if "overlay" in wanted:
+        messages["overlay"] = rgb_message(overlay(image, result.pixels, result.depth_m), stamp_ns, frame_id)
+    return messages
+
+
+def diagnostics_message(stamp: Any, name: str, hardware_id: str, status: Status) -> DiagnosticArray:
+    """Wraps a status for /diagnostics.
+
+    Args:
+        stamp: builtin_interfaces/Time.
+        name: of the entry, by convention "node: what".
+        hardware_id: what the entry is about; here the model.
+        status: the content.
+    """
+    values = [KeyValue(key=key, value=value) for key, value in status.values.items()]
+    entry = DiagnosticStatus(
+        level=_LEVELS[status.level], name=name, message=status.message, hardware_id=hardware_id, values=values
+    )
+    return DiagnosticArray(header=Header(stamp=stamp), status=[entry])
+
+
+def _cloud(
+    image: np.ndarray, camera: Camera, stamp_ns: int, frame_id: str, query: Query, result: DepthResult
+) -> PointCloud2:
+    rows = np.arange(len(result)) if query.cloud_rows is None else query.cloud_rows
+    if query.organised_shape is None:
+        rows = rows[result.valid[rows]]
+    pixels = result.pixels[rows]
+    u, v = pixels.astype(np.intp).T
+    points = camera.unproject(pixels, result.depth_m[rows]).astype(np.float32)
+    return cloud_message(stamp_ns, frame_id, points, image[v, u], result.confidence[rows], query.organised_shape)
