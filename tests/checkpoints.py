@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 HIDDEN = 64
 HEAD_HIDDEN = 96
+PATCH_PX = {"qwen3_vl": 32, "qwen2_5_vl": 28, "llava": 16}
 QWEN_TOKENS = (
     "<|endoftext|>",
     "<|im_start|>",
@@ -54,6 +55,8 @@ def make_checkpoint(
     *,
     seed: int = 0,
     dense_head: bool = True,
+    feature_mode: str = "llm_last",
+    head_output: str = "softplus",
     tie_word_embeddings: bool = False,
 ) -> Path:
     """Writes a checkpoint of a few hundred thousand random weights.
@@ -62,7 +65,9 @@ def make_checkpoint(
         folder: made if it isn't there.
         architecture: "qwen3_vl", "qwen2_5_vl" or "llava" (Pixtral).
         seed: of the weights.
-        dense_head: add an MLP depth head (SPEC names, softplus).
+        dense_head: add an MLP depth head under DepthVLM's key names.
+        feature_mode: what the head reads, "llm_last", "concat" or "sum".
+        head_output: "softplus" or "exp".
         tie_word_embeddings: leave the language head out and share the embedding.
 
     Returns:
@@ -79,7 +84,8 @@ def make_checkpoint(
         config |= {
             "depth_head_type": "mlp",
             "depth_head_mlp_hidden": HEAD_HIDDEN,
-            "depth_head_feature_mode": "llm_last",
+            "depth_head_feature_mode": feature_mode,
+            "depth_head_output": head_output,
         }
     _write_json(folder / "config.json", config)
     stop = ids["</s>" if pixtral else "<|im_end|>"]
@@ -87,7 +93,8 @@ def make_checkpoint(
     _write_processor(folder, architecture)
     state = _weights(folder, tokenizer, stop, seed)
     if dense_head:
-        state |= _head_weights(HIDDEN, 32 if architecture == "qwen3_vl" else 28 if not pixtral else 16, seed)
+        maps = 1 + len(config["vision_config"].get("deepstack_visual_indexes", ()))
+        state |= _head_weights(HIDDEN * (maps if feature_mode == "concat" else 1), PATCH_PX[architecture], seed)
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
@@ -229,7 +236,7 @@ def _weights(folder: Path, tokenizer: Tokenizer, stop: int, seed: int) -> dict[s
         if name.endswith("bias"):
             state[name] = 0.02 * draw
         elif value.ndim == 1:
-            state[name] = 1 + 0.1 * draw
+            state[name] = (1 + 0.1 * draw) * _gain(name)
         else:
             state[name] = draw * _gain(name) / math.sqrt(value[0].numel())
     if model.config.tie_word_embeddings:
@@ -238,7 +245,7 @@ def _weights(folder: Path, tokenizer: Tokenizer, stop: int, seed: int) -> dict[s
         likely = [tokenizer.token_to_id(c) for c in "0123456789."] + [stop]
         scale = torch.full((len(state["lm_head.weight"]), 1), 0.2)
         scale[likely] = 1.0
-        scale[stop] = 1.5
+        scale[stop] = 1.2
         state["lm_head.weight"] = state["lm_head.weight"] * scale
     return {name: value.contiguous() for name, value in state.items()}
 
@@ -246,6 +253,8 @@ def _weights(folder: Path, tokenizer: Tokenizer, stop: int, seed: int) -> dict[s
 def _gain(name: str) -> float:
     if "embed_tokens" in name:
         return 4.0
+    if "q_norm" in name or "k_norm" in name:
+        return 2.5
     if any(part in name for part in ("q_proj", "k_proj", "o_proj", "down_proj")) and "language_model" in name:
         return 3.0
     return 1.0

@@ -19,6 +19,7 @@ from depthlm_ros.weights import check_weights, folder_config
 ARCHITECTURES = ("qwen3_vl", "qwen2_5_vl", "llava")
 HEAD_PREFIX = "depth_head."
 HUB_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.safetensors", "*.yaml"]
+OTHER_FORMATS = ["consolidated*", "original/*"]  # the same weights once more, as other programs want them
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -118,7 +119,9 @@ def _folder(source: str | Path, revision: str | None) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(source, revision=revision, allow_patterns=HUB_FILES))
+        return Path(
+            snapshot_download(source, revision=revision, allow_patterns=HUB_FILES, ignore_patterns=OTHER_FORMATS)
+        )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise ModelError(
             f"can't fetch {source} from the hub ({type(error).__name__}: {str(error).splitlines()[0]}); check the id "

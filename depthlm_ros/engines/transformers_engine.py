@@ -77,6 +77,7 @@ class TransformersEngine:
         self._device = next(model.parameters()).device
         self._reader = AnswerReader(processor.tokenizer)
         self._stop_ids = _stop_ids(model, processor)
+        self._window = model.config.get_text_config().to_dict().get("sliding_window")
         self._penalty = float(model.generation_config.repetition_penalty or 1.0)
 
     @classmethod
@@ -95,7 +96,7 @@ class TransformersEngine:
         checkpoint = open_checkpoint(source, revision)
         placement = choose_placement(device, dtype, checkpoint.parameters)
         processor = PromptProcessor(checkpoint, system_text)
-        model = _load_model(checkpoint, placement.dtype, attn or "sdpa").to(placement.device)
+        model = load_model(checkpoint, placement.dtype, attn or "sdpa").to(placement.device)
         head, mode, no_head = None, "llm_last", f"{checkpoint.name} has no depth head"
         if checkpoint.has_dense_head:
             no_head = unsupported_head(checkpoint) or ""
@@ -229,6 +230,11 @@ class TransformersEngine:
             suffixes: the rest of each prompt, at least one token.
             max_new_tokens: longest answer in tokens.
         """
+        length = len(prefix.token_ids) + max(map(len, suffixes)) + max_new_tokens
+        if self._window is not None and length > self._window:
+            raise EngineError(
+                f"{length} tokens don't fit the model's sliding window of {self._window}; ask for a smaller image"
+            )
         batch = _Batch(prefix, suffixes, self._device)
         seen = self._seen_tokens(prefix, suffixes)
         tokens: list[list[int]] = [[] for _ in suffixes]
@@ -397,7 +403,12 @@ def _deepstack_maps(checkpoint: Checkpoint) -> int:
     return len(checkpoint.config["vision_config"].get("deepstack_visual_indexes", ()))
 
 
-def _load_model(checkpoint: Checkpoint, dtype: torch.dtype, attn: str) -> PreTrainedModel:
+def load_model(checkpoint: Checkpoint, dtype: torch.dtype, attn: str = "sdpa") -> PreTrainedModel:
+    """Loads the weights into the architecture's own class, on the CPU, in evaluation mode.
+
+    Raises:
+        ModelError: weights are missing or don't fit config.json.
+    """
     try:
         with _silent_report():
             model, report = AutoModelForImageTextToText.from_pretrained(
@@ -413,12 +424,6 @@ def _load_model(checkpoint: Checkpoint, dtype: torch.dtype, attn: str) -> PreTra
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise ModelError(f"{checkpoint.name} can't be loaded: {type(error).__name__}: {error}") from error
     _check_report(checkpoint.name, report)
-    text = model.config.get_text_config()
-    sliding = "sliding_attention" in (getattr(text, "layer_types", None) or ())
-    if sliding or (text.model_type == "mistral" and text.sliding_window is not None):
-        raise ModelError(
-            f"{checkpoint.name} uses sliding-window attention, which is not supported; set sliding_window to null"
-        )
     return model.eval()
 
 
