@@ -12,7 +12,7 @@ from depthlm_ros import config
 from depthlm_ros.errors import CameraError, DepthLMError, ImageError, MissingDependencyError
 
 MODEL_SETTINGS = ("model", "dialect", "policy", "device", "dtype", "batch_size")
-PIXEL_SETTINGS = ("points", "stride", "sampling")
+PIXEL_SETTINGS = ("points", "stride", "sampling", "max_depth_m", "min_confidence")
 RESULTS = Path("results/latest")
 
 
@@ -80,9 +80,11 @@ def _add_estimate(commands) -> None:
 
 def _estimate(arguments: argparse.Namespace) -> int:
     import numpy as np
+    from tqdm import tqdm
 
     from depthlm_ros.estimator import Estimator
     from depthlm_ros.ply import write_ply
+    from depthlm_ros.queries import depth_image, keep_good, plan_query
 
     parameters = config.from_arguments(arguments)
     if arguments.depth is not None and arguments.depth.suffix not in (".npy", ".png"):
@@ -93,12 +95,16 @@ def _estimate(arguments: argparse.Namespace) -> int:
     for line in estimator.describe():
         print(line)
     dialect = parameters.dialect or estimator.card.default_dialect
-    result = estimator.estimate(image, camera, _pixels(parameters, dialect, camera), dialect=dialect)
-    columns, rows = np.rint(result.pixels).astype(int).T
-    xyz_m = camera.unproject(result.pixels, result.depth_m)
-    written = write_ply(
-        arguments.out, xyz_m, image[rows, columns], result.confidence, f"depthlm estimate {arguments.image}"
-    )
+    query = plan_query(parameters, dialect, camera.width, camera.height, whole=arguments.depth is not None)
+    with tqdm(total=len(query.pixels), desc="estimate", unit="point", disable=None) as bar:
+        answer = estimator.estimate(image, camera, query.pixels, dialect=dialect, progress=bar.update)
+    result = keep_good(answer, parameters)
+    cloud = slice(None) if query.cloud_rows is None else query.cloud_rows
+    pixels, depth_m = result.pixels[cloud], result.depth_m[cloud]
+    columns, rows = pixels.astype(int).T
+    xyz_m = camera.unproject(pixels, depth_m)
+    comment = f"depthlm estimate {arguments.image}"
+    written = write_ply(arguments.out, xyz_m, image[rows, columns], result.confidence[cloud], comment)
     seconds = sum(result.timing_s.values())
     print(f"asked {len(result)} pixels ({dialect}), {int(result.valid.sum())} answers in {seconds:.2f} s")
     if result.valid.any():
@@ -106,9 +112,7 @@ def _estimate(arguments: argparse.Namespace) -> int:
         print(f"depth: median {middle:.2f} m, 5 % to 95 %: {low:.2f} m to {high:.2f} m")
     print(f"wrote {arguments.out} ({written} points)")
     if arguments.depth is not None:
-        depth_m = np.full(image.shape[:2], np.nan, np.float32)
-        depth_m[rows, columns] = result.depth_m
-        _write_depth(arguments.depth, depth_m)
+        _write_depth(arguments.depth, depth_image(result, camera.width, camera.height))
     return 0 if written else 1
 
 
@@ -160,15 +164,6 @@ def _read_photograph(path: Path):
         raise ImageError(f"image {path} does not exist; give the path of a png or jpeg") from error
     except (UnidentifiedImageError, OSError) as error:
         raise ImageError(f"image {path} can't be read ({error}); give a png or jpeg") from error
-
-
-def _pixels(parameters: config.Parameters, dialect: str, camera):
-    from depthlm_ros.sampling import sample_pixels, stride_pixels
-
-    if dialect == "dense" and not parameters.points:
-        return stride_pixels(camera.width, camera.height, parameters.stride)
-    count = parameters.points or config.POINTS_IN_WORDS
-    return sample_pixels(camera.width, camera.height, count, method=parameters.sampling)
 
 
 def _write_depth(path: Path, depth_m) -> None:

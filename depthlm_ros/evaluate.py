@@ -46,6 +46,7 @@ class AnsweredFrame:
         confidence: (N,) in [0, 1].
         truth_m: (H, W) z-depth in metres, NaN where unknown; None without ground truth.
         latency_s: from handing the image over to having the answer.
+        depth_map_m: (H, W) depth image that came along, NaN where unknown; None where there is none.
     """
 
     name: str
@@ -56,6 +57,7 @@ class AnsweredFrame:
     confidence: np.ndarray
     truth_m: np.ndarray | None
     latency_s: float
+    depth_map_m: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -345,4 +347,4 @@ def evaluate(
         "dtype": info.dtype,
         **machine(),
     }
-    return Run(f"evaluate {source.name}", tally, figures, environment, (*notes, *estimator.describe()))
+    return Run(f"Evaluation on {source.name}", tally, figures, environment, (*notes, *estimator.describe()))
