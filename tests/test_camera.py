@@ -336,6 +336,16 @@ def test_beyond_the_fold_of_a_barrel_lens_there_is_nothing():
     assert np.isnan(lens.distort([[1.06, 0.0]])).all()
 
 
+def test_a_lens_with_a_pole_is_inverted_right_up_to_it():
+    lens = Distortion("rational_polynomial", (0, 0, 0, 0, 0, 0, -0.25, 0))  # 1 / (1 - r⁴ / 4): pole at r = sqrt(2)
+    ideal = np.column_stack([np.linspace(0, 1.4, 50), np.zeros(50)])
+    np.testing.assert_allclose(lens.undistort(lens.distort(ideal)), ideal, atol=1e-6)
+
+
+def test_coefficients_next_to_nothing_do_no_harm():
+    np.testing.assert_allclose(Distortion("equidistant", (0, 0, 0, 5e-324)).distort([[1.0, 0]]), [[math.pi / 4, 0]])
+
+
 def test_a_fisheye_has_no_ray_at_right_angles_to_the_axis():
     lens = Distortion("equidistant", (0, 0, 0, 0))
     rays = lens.undistort([[math.radians(80), 0.0], [math.radians(90), 0.0], [math.radians(120), 0.0]])

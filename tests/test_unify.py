@@ -251,6 +251,28 @@ def test_published_undistorts_first_with_unchanged_intrinsics(lens):
     assert difference.mean() < 0.1 and np.percentile(difference, 99.9) <= 2
 
 
+# From OpenCV 4.10 on the authors' step returns the image and, but for the last bit, K.
+@pytest.mark.skipif(tuple(map(int, cv2.__version__.split(".")[:2])) < (4, 10), reason="scales K by (W - 1) / W")
+@settings(max_examples=100, deadline=None)
+@given(
+    fx=st.floats(50, 1500), ratio=st.floats(0.8, 1.25), cx=st.floats(0.3, 0.7), cy=st.floats(0.3, 0.7),
+    width=st.integers(16, 64), height=st.integers(16, 64), focal=st.sampled_from([250.0, 333.0, 750.0, 1000.0]),
+)  # fmt: skip
+def test_published_equals_the_authors_steps_done_with_opencv(fx, ratio, cx, cy, width, height, focal):
+    camera = Camera(fx, fx * ratio, cx * width, cy * height, width, height)
+    image = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
+    matrix, flat = camera.matrix, image
+    if abs(camera.fx - camera.fy) > 1e-3:
+        size, zeros = (width, height), np.zeros((4, 1))
+        matrix, _ = cv2.getOptimalNewCameraMatrix(camera.matrix, zeros, size, 1, size)
+        flat = cv2.undistort(image, camera.matrix, zeros, None, matrix)
+    scale = focal / matrix[0, 0]
+    view = unify(image, camera, focal, "published")
+    expected = Image.fromarray(flat).resize((int(width * scale), int(height * scale)))
+    assert (view.image == np.asarray(expected)).all()
+    assert (view.camera.matrix[:2] == matrix[:2] * scale).all()
+
+
 def test_published_on_a_lens_without_distortion_is_pillows_bicubic():
     camera = Camera(160, 160, 40, 30, 80, 60)
     image = np.random.default_rng(0).integers(0, 256, (60, 80, 3), np.uint8)
