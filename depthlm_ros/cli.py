@@ -190,7 +190,13 @@ def _add_replay(commands) -> None:
         description="Starts depth_node in another process, publishes the recording's images to it, collects its "
         "clouds and scores them where the recording has ground truth. Exit code 1 if no cloud came.",
     )
-    parser.add_argument("bag", type=Path, metavar="BAG", help="a rosbag2 folder, or an .mcap or .db3 file")
+    parser.add_argument(
+        "bag",
+        type=Path,
+        nargs="?",
+        metavar="BAG",
+        help="a rosbag2 folder, or an .mcap or .db3 file; default: the drive that ships with the package",
+    )
     parser.add_argument("--topic", metavar="TOPIC", help="image topic to play; default: the first with a camera_info")
     parser.add_argument(
         "--rate",
@@ -218,6 +224,7 @@ def _add_replay(commands) -> None:
 
 
 def _replay(arguments: argparse.Namespace) -> int:
+    from depthlm_ros.cards import models_dir
     from depthlm_ros.replay import ReplayOptions, replay
     from depthlm_ros.report import summary, write_report
 
@@ -231,7 +238,8 @@ def _replay(arguments: argparse.Namespace) -> int:
         frames=arguments.frames,
         match_px=arguments.match_px,
     )
-    run = replay(arguments.bag, changed, options, log_folder=arguments.out / "log")
+    bag = arguments.bag or models_dir() / "sample_drive"
+    run = replay(bag, changed, options, log_folder=arguments.out / "log")
     print(summary(run))
     for path in write_report(arguments.out, run):
         print(f"wrote {path}")
