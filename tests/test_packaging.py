@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from conftest import DOMAINS, ROOT, foreign_environment, reserved_ros_domain
 
 import depthlm_ros
 from depthlm_ros import config
+from depthlm_ros.cli import build_parser
 
 NAME = "depthlm_ros"
 MANIFEST = ElementTree.parse(ROOT / "package.xml").getroot()
@@ -207,6 +209,17 @@ def test_the_readme_points_at_files_that_exist():
     targets = re.findall(r"\]\(([^)#:]+)\)", README)
     assert targets
     assert [target for target in targets if not (ROOT / target).exists()] == []
+
+
+def test_the_readme_launches_a_file_that_exists():
+    launched = re.findall(rf"ros2 launch {NAME} (\S+)", README)
+    assert launched
+    assert [name for name in launched if not (ROOT / "launch" / name).is_file()] == []
+
+
+@pytest.mark.parametrize("line", re.findall(r"^depthlm .*", README, re.M))
+def test_every_depthlm_command_of_the_readme_parses(line):
+    build_parser().parse_args(shlex.split(line, comments=True)[1:])
 
 
 def test_the_readme_has_no_figure_left_open():
