@@ -24,7 +24,7 @@ from depthlm_training.optim import Optimizer, Schedule, load_state, save_state
 class DenseStage:
     """What stage 1 is run with."""
 
-    steps: int = 4000
+    steps: int = 2200
     batch: int = 16
     muon_lr: float = 5e-3
     adamw_lr: float = 1.5e-3

@@ -7,6 +7,7 @@ costs about 25 tokens and not 75. Any other text still works, byte by byte in th
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -53,11 +54,9 @@ def build_tokenizer(vocab_size: int = 1024) -> PreTrainedTokenizerFast:
 
 def save_processor(folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     """Writes tokenizer and processor configuration as the stock Qwen3-VL processor reads them."""
-    from transformers import AutoImageProcessor  # noqa: F401  (documented peer of the JSON below)
-    import json
-
     tokenizer.save_pretrained(folder)
-    size = {"shortest_edge": 65536 // 16, "longest_edge": 16777216 // 16}
+    # Qwen3-VL's own least size, 65,536 pixels, would blow up the demo's 256 x 192 and change its focal length.
+    size = {"shortest_edge": 4_096, "longest_edge": 1_048_576}
     image = {
         "image_processor_type": "Qwen2VLImageProcessorFast", "processor_class": "Qwen3VLProcessor",
         "do_convert_rgb": True, "do_normalize": True, "do_rescale": True, "do_resize": True,

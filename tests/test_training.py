@@ -1,0 +1,217 @@
+"""The training pipeline: scenes are exact, questions are those of inference, an interrupted run goes on as if it hadn't been."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from depthlm_ros.camera import Camera
+from depthlm_ros.prompts import answer_text, coordinates_question, marker_question
+from depthlm_training import data, scenes
+from depthlm_training.dense import DenseStage, train_dense
+from depthlm_training.model import DemoNet, Size, patchify
+from depthlm_training.scenes import BOX, CYLINDER, SPHERE, Pose, Scene, random_pose, random_scene, render, render_drive
+from depthlm_training.sft import IGNORED, Dialogue, answer_states
+from depthlm_training.vocabulary import build_tokenizer, save_processor
+
+CAMERA = Camera(fx=100, fy=100, cx=63.5, cy=47.5, width=128, height=96)
+TINY = Size(vision_hidden=48, vision_layers=3, vision_heads=3, hidden=64, layers=3, heads=2, kv_heads=1, mlp=96, head_hidden=32)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return build_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def net(tokenizer):
+    return DemoNet(tokenizer, TINY, seed=3).eval()
+
+
+class Bank:
+    """A bank of a few scenes in memory."""
+
+    def __init__(self, count: int) -> None:
+        self.pairs = []
+        for i in range(count):
+            rng = data.scene_rng(0, "train", i)
+            scene = random_scene(rng)
+            self.pairs.append(render(scene, data.View().camera, random_pose(rng, scene)))
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, i: int):
+        return self.pairs[i]
+
+
+@pytest.fixture(scope="module")
+def bank():
+    return _repeated(Bank(6), data.MONITOR + 6)
+
+
+def _repeated(bank: Bank, length: int) -> Bank:
+    bank.pairs = [bank.pairs[i % len(bank.pairs)] for i in range(length)]
+    return bank
+
+
+def empty_room() -> Scene:
+    scene = Scene("room", np.array([-3, -4, 0, 3, 4, 2.5], np.float32), np.array([0, 0, 2.2], np.float32), 0.4, 0.0, np.zeros(3))
+    for _ in range(6):
+        scene.paint(scenes.PLAIN, (0.7, 0.7, 0.7))
+    return scene
+
+
+def test_a_wall_straight_ahead_has_its_z_depth_at_every_pixel():
+    _, depth = render(empty_room(), CAMERA, Pose((0, -1.0, 1.2), 0.0))
+    u, v = np.meshgrid(np.arange(128), np.arange(96))
+    x, y = (u - 63.5) / 100 * 5, (v - 47.5) / 100 * 5
+    wall = (np.abs(x) < 2.99) & (y < 1.19) & (y > -1.29)
+    assert wall.sum() > 1000
+    np.testing.assert_allclose(depth[wall], 5.0, rtol=1e-5)
+
+
+def test_the_floor_has_the_depth_that_similar_triangles_give():
+    _, depth = render(empty_room(), CAMERA, Pose((0, -3.5, 1.2), 0.0))
+    rows = np.arange(75, 96)
+    np.testing.assert_allclose(depth[rows, 64], 1.2 * 100 / (rows - 47.5), rtol=1e-4)
+
+
+@pytest.mark.parametrize(("kind", "half", "front_m"), [
+    (SPHERE, (0.5, 0.5, 0.5), 2.5), (BOX, (0.4, 0.3, 0.6), 2.7), (CYLINDER, (0.25, 0.25, 0.8), 2.75)])
+def test_each_shape_is_nearest_where_it_faces_the_camera(kind, half, front_m):
+    camera = replace(CAMERA, cx=64.0, cy=48.0)
+    scene = empty_room()
+    scene.add(kind, (0, 2.0, 1.2), half, c0=(0.5, 0.2, 0.2))
+    _, depth = render(scene, camera, Pose((0, -1.0, 1.2), 0.0))
+    assert depth[48, 64] == pytest.approx(front_m, rel=1e-4)
+
+
+def test_yaw_turns_left_and_pitch_looks_up():
+    room = empty_room()
+    ahead = render(room, CAMERA, Pose((0, 0, 1.2), 0.0))[1][48, 64]
+    left = render(room, CAMERA, Pose((0, 0, 1.2), np.pi / 2))[1][48, 64]
+    up = render(room, CAMERA, Pose((0, 0, 1.2), 0.0, pitch=np.pi / 2 - 0.01))[1][48, 64]
+    assert (ahead, left, up) == pytest.approx((4.0, 3.0, 1.3), rel=0.02)
+
+
+def test_the_window_that_a_shape_is_traced_in_loses_no_pixel(monkeypatch):
+    rng = np.random.default_rng(4)
+    for _ in range(12):
+        scene = random_scene(rng)
+        pose = random_pose(rng, scene)
+        fast = render(scene, CAMERA, pose)[1]
+        with monkeypatch.context() as patch:
+            patch.setattr(scenes, "_in_view", lambda *a: (slice(0, 96), slice(0, 128)))
+            np.testing.assert_array_equal(fast, render(scene, CAMERA, pose)[1])
+
+
+def test_a_drive_is_the_same_for_the_same_seed_and_moves():
+    first = list(render_drive(4, width=64, height=48, focal_px=50, seed=2))
+    again = list(render_drive(4, width=64, height=48, focal_px=50, seed=2))
+    assert all(np.array_equal(a[0], b[0]) and np.array_equal(a[1], b[1], equal_nan=True) for a, b in zip(first, again, strict=True))
+    assert len({image.tobytes() for image, _, _ in first}) == 4
+
+
+def test_digits_are_single_tokens_and_any_text_survives(tokenizer):
+    text = "point (1307, 42) is 12.60 m away; ünïcödé 深度\n"
+    ids = tokenizer(text).input_ids
+    assert tokenizer.decode(ids) == text
+    digits = [t for t in tokenizer.convert_ids_to_tokens(ids) if any(c.isdigit() for c in t)]
+    assert digits == list("1307421260")
+
+
+def test_training_asks_exactly_what_the_chat_template_asks(tokenizer):
+    dialogue = Dialogue(tokenizer)
+    for question in (coordinates_question(5, 1999), marker_question()):
+        message = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
+        whole = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+        assert whole.partition("<|image_pad|>")[2] == dialogue.prompt(question)
+
+
+def test_only_the_answer_is_supervised(tokenizer):
+    ids, labels, before = Dialogue(tokenizer).rows([marker_question(), coordinates_question(1, 2)], np.array([3.5, 12.25]), whole=True)
+    said = [tokenizer.decode(row[row != IGNORED]) for row in labels]
+    assert said == [answer_text(3.5) + "<|im_end|>", answer_text(12.25) + "<|im_end|>"]
+    assert [tokenizer.decode(row[: at + 1])[-25:] for row, at in zip(ids, before, strict=True)] == ["<think> The point is around "[-25:]] * 2
+
+
+def test_rows_that_share_a_prefix_see_what_each_question_sees_alone(net, tokenizer):
+    """The batched rows against the stock model's own forward of one whole sequence."""
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 255, (1, 64, 96, 3), dtype=np.uint8)
+    questions = [coordinates_question(7, 1500), coordinates_question(1234, 3), coordinates_question(600, 600)]
+    ids, labels, _ = Dialogue(tokenizer).rows(questions, np.array([1.0, 2.0, 13.5]), whole=True)
+    with torch.no_grad():
+        shared = net.vlm.lm_head(answer_states(net, net.encode(torch.from_numpy(image)), ids))
+        for i in range(3):
+            length = int((labels[i] != IGNORED).nonzero().max()) + 1
+            whole = torch.tensor([net.header + [net.vlm.config.image_token_id] * 6 + ids[i, :length].tolist()])
+            stock = net.vlm(input_ids=whole, pixel_values=patchify(torch.from_numpy(image)),
+                            image_grid_thw=torch.tensor([[1, 4, 6]]),
+                            mm_token_type_ids=(whole == net.vlm.config.image_token_id).int()).logits[0, -length:]
+            torch.testing.assert_close(shared[i, :length], stock, rtol=1e-4, atol=1e-4)
+
+
+def test_the_saved_checkpoint_answers_through_the_engine_as_in_training(net, tokenizer, tmp_path):
+    from depthlm_ros.engines.transformers_engine import TransformersEngine
+
+    net.save(tmp_path, torch.float32)
+    save_processor(tmp_path, tokenizer)
+    image = np.random.default_rng(1).integers(0, 255, (64, 96, 3), dtype=np.uint8)
+    with torch.no_grad():
+        expected = net.log_depth(net.encode(torch.from_numpy(image)[None]))[0].exp().numpy()
+    engine = TransformersEngine.load(tmp_path, dtype="float32", device="cpu")
+    np.testing.assert_allclose(engine.depth_map(image), expected, rtol=2e-4)
+
+
+def test_an_interrupted_stage_ends_with_the_same_weights(tokenizer, bank, tmp_path):
+    stage = DenseStage(steps=4, batch=2, save_every=2)
+
+    def run(folder, *stops):
+        for steps in stops:
+            torch.manual_seed(0)
+            last = DemoNet(tokenizer, TINY, seed=3)
+            kept = replace(stage, steps=steps)
+            train_dense(last, bank, kept, tmp_path / folder, seed=0)
+        return last.state_dict()
+
+    whole = run("whole", 4)
+    # A run that was stopped after two of four steps has the state of step 2 on disk.
+    (tmp_path / "cut").mkdir()
+    saved = tmp_path / "at2.safetensors"
+    import depthlm_training.dense as dense
+
+    original = dense.save_state
+
+    def keep(path, module, optimizer, step):
+        original(path, module, optimizer, step)
+        if step == 2:
+            saved.write_bytes(path.read_bytes())
+
+    dense.save_state = keep
+    try:
+        run("watched", 4)
+    finally:
+        dense.save_state = original
+    (tmp_path / "cut" / "dense.safetensors").write_bytes(saved.read_bytes())
+    resumed = run("cut", 4)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    rows = [json.loads(line) for line in (tmp_path / "cut" / "dense.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [4]
+
+
+def test_augmentation_keeps_depth_beside_its_pixel(bank):
+    """Noise, mirrors and crops move image and depth together: brightness follows depth where it did before."""
+    image = np.repeat(np.linspace(10, 200, 288, dtype=np.float32)[None, :, None], 192, 0).repeat(3, 2).astype(np.uint8)
+    depth = (np.linspace(10, 200, 288)[None].repeat(192, 0) / 20).astype(np.float16)
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        out, deep = data._augmented(image, depth, 256, 192, rng)
+        known = np.isfinite(deep)
+        assert np.corrcoef(out[..., 1][known].astype(float), deep[known])[0, 1] > 0.97
+        assert out.shape == (192, 256, 3) and deep.shape == (192, 256)
