@@ -118,7 +118,8 @@ def load_head(checkpoint: Checkpoint, in_features: int, deepstack_maps: int, pat
         )
     width = in_features * (deepstack_maps + 1 if mode == "concat" else 1)
     hidden = config.get("depth_head_mlp_hidden", DEFAULT_HIDDEN)
-    head = MLPDepthHead(width, hidden, patch_px, config.get("depth_head_output", "softplus"))
+    with torch.device("meta"):  # no memory and no random numbers for weights that are replaced at once
+        head = MLPDepthHead(width, hidden, patch_px, config.get("depth_head_output", "softplus"))
     _load_weights(head, checkpoint.tensors("depth_head."), checkpoint.name)
     return head.float().eval(), mode
 
@@ -132,4 +133,4 @@ def _load_weights(head: MLPDepthHead, weights: Mapping[str, torch.Tensor], name:
                 f"{name}: depth_head.{key} has shape {seen.get(key)}, config.json asks for {expected.get(key)}; "
                 "check depth_head_mlp_hidden and depth_head_feature_mode"
             )
-    head.load_state_dict(weights)
+    head.load_state_dict(weights, assign=True)
