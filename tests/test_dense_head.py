@@ -17,8 +17,10 @@ from transformers import AutoTokenizer
 from depthlm_ros.engines.base import EngineInfo
 from depthlm_ros.engines.checkpoint import open_checkpoint
 from depthlm_ros.engines.dense_head import MLPDepthHead, head_features, load_head
+from depthlm_ros.engines.devices import choose_placement
+from depthlm_ros.engines.loading import load_model
 from depthlm_ros.engines.processor import ImageInputs
-from depthlm_ros.engines.transformers_engine import TransformersEngine, load_model
+from depthlm_ros.engines.transformers_engine import TransformersEngine
 from depthlm_ros.errors import DialectError, ModelError
 
 GOLDEN = Path(__file__).parent / "golden" / "depthvlm"
@@ -46,13 +48,17 @@ def golden(tmp_path_factory, qwen3_vl_checkpoint):
         grid=None, image_token_id=500, tokenizer=AutoTokenizer.from_pretrained(qwen3_vl_checkpoint)
     )
     info = EngineInfo("transformers", "golden", "qwen3_vl", "cpu", "float32", (), 0, True)
-    model = load_model(checkpoint, torch.float32)
+    model = load_model(checkpoint, choose_placement("cpu", "float32"))
     model.generation_config.eos_token_id = 0
     engine = TransformersEngine(model, processor, info, head=head, head_mode=mode)
     arrays = dict(np.load(GOLDEN / "mlp.npz"))
     tensors = {name: torch.from_numpy(arrays[name]) for name in ("pixel_values", "image_grid_thw")}
     return SimpleNamespace(
-        engine=engine, head=head, inputs=ImageInputs(tensors, (3, 4), 1), ids=arrays["input_ids"][0].tolist(), out=arrays
+        engine=engine,
+        head=head,
+        inputs=ImageInputs(tensors, (3, 4), 1),
+        ids=arrays["input_ids"][0].tolist(),
+        out=arrays,
     )
 
 

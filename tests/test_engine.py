@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import shutil
@@ -12,6 +13,8 @@ import torch
 from checkpoints import make_checkpoint
 from safetensors.torch import load_file, save_file
 
+from depthlm_ros.cards import load_card
+from depthlm_ros.engines import load_engine
 from depthlm_ros.engines.answers import NUMBER
 from depthlm_ros.engines.checkpoint import open_checkpoint
 from depthlm_ros.engines.transformers_engine import TransformersEngine
@@ -357,3 +360,14 @@ def test_code_that_comes_with_a_checkpoint_is_not_run(folder, tmp_path):
 def test_what_is_neither_folder_nor_repository_is_named(source):
     with pytest.raises(ModelError, match=source):
         open_checkpoint(source)
+
+
+def test_load_engine_takes_the_system_text_from_the_card(qwen3_vl_checkpoint):
+    card, path = load_card(str(qwen3_vl_checkpoint))
+    asked = [
+        load_engine(path, dataclasses.replace(card, system_text=text), device="cpu").processor.prompts(
+            ["How far?"], (1, 1)
+        )
+        for text in (None, "You are a helpful assistant.")
+    ]
+    assert len(asked[1][0]) > len(asked[0][0])

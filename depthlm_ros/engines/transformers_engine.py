@@ -6,43 +6,23 @@ one `decode` for each batch of questions. The dense dialect is a `prefill` of th
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoModelForImageTextToText, DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from depthlm_ros.engines.answers import AnswerReader
 from depthlm_ros.engines.base import Answer, EngineInfo, ImageGrid
-from depthlm_ros.engines.checkpoint import HEAD_PREFIX, Checkpoint, open_checkpoint
+from depthlm_ros.engines.batches import Batch, Prefix, shared_length
+from depthlm_ros.engines.checkpoint import Checkpoint, open_checkpoint
 from depthlm_ros.engines.dense_head import MLPDepthHead, head_features, load_head, unsupported_head
 from depthlm_ros.engines.devices import choose_placement
+from depthlm_ros.engines.loading import load_model
 from depthlm_ros.engines.processor import ImageInputs, PromptProcessor
 from depthlm_ros.errors import DialectError, EngineError, ModelError
-
-
-@dataclass(frozen=True)
-class Prefix:
-    """What one or several images have been turned into; questions attend to it.
-
-    Attributes:
-        cache: keys and values, one row for each image.
-        token_ids: the prefilled ids, the same for every row.
-        next_position: rotary position of the first token that follows.
-    """
-
-    cache: DynamicCache
-    token_ids: tuple[int, ...]
-    next_position: int
-
-    def rows(self, count: int) -> DynamicCache:
-        """A cache of `count` rows of its own, which decoding may grow."""
-        layers = self.cache.layers
-        return DynamicCache([(kv.keys.expand(count, -1, -1, -1), kv.values.expand(count, -1, -1, -1)) for kv in layers])
 
 
 class TransformersEngine:
@@ -96,7 +76,7 @@ class TransformersEngine:
         checkpoint = open_checkpoint(source, revision)
         placement = choose_placement(device, dtype, checkpoint.parameters)
         processor = PromptProcessor(checkpoint, system_text)
-        model = load_model(checkpoint, placement.dtype, attn or "sdpa").to(placement.device)
+        model = load_model(checkpoint, placement, attn or "sdpa")
         head, mode, no_head = None, "llm_last", f"{checkpoint.name} has no depth head"
         if checkpoint.has_dense_head:
             no_head = unsupported_head(checkpoint) or ""
@@ -138,7 +118,7 @@ class TransformersEngine:
         with _clear_errors(self.info, self._batch_size):
             inputs = self.processor.images([image])
             prompts = self.processor.prompts(questions, inputs.grid_hw)
-            shared = _shared_length(prompts)
+            shared = shared_length(prompts)
             prefix = self.prefill(prompts[0][:shared], inputs)
             suffixes = [ids[shared:] for ids in prompts]
             # Rows of one length need no padding, so equal lengths are decoded together.
@@ -164,7 +144,7 @@ class TransformersEngine:
             for rows in self._same_size_batches(images):
                 inputs = self.processor.images([images[row] for row in rows])
                 prompts = self.processor.prompts([questions[row] for row in rows], inputs.grid_hw)
-                shared = _shared_length(prompts)
+                shared = shared_length(prompts)
                 prefix = self.prefill(prompts[0][:shared], inputs)
                 decoded = self.decode(prefix, [ids[shared:] for ids in prompts], max_new_tokens)
                 answers.update(zip(rows, decoded, strict=True))
@@ -235,7 +215,7 @@ class TransformersEngine:
             raise EngineError(
                 f"{length} tokens don't fit the model's sliding window of {self._window}; ask for a smaller image"
             )
-        batch = _Batch(prefix, suffixes, self._device)
+        batch = Batch(prefix, suffixes, self._device)
         seen = self._seen_tokens(prefix, suffixes)
         tokens: list[list[int]] = [[] for _ in suffixes]
         chances: list[list[float]] = [[] for _ in suffixes]
@@ -319,7 +299,7 @@ class TransformersEngine:
             m if isinstance(m, torch.Tensor) else torch.cat(list(m)) for m in maps
         ]
 
-    def _next_logits(self, batch: _Batch) -> torch.Tensor:
+    def _next_logits(self, batch: Batch) -> torch.Tensor:
         positions = batch.positions
         if self.info.architecture != "llava":
             positions = positions.expand(3, -1, -1)
@@ -350,46 +330,6 @@ class TransformersEngine:
                 yield rows[start : start + self._batch_size]
 
 
-class _Batch:
-    """Rows that are being decoded: what goes into the next forward pass.
-
-    Suffixes are padded on the left, between prefix and suffix, so that all rows end together; the
-    padding is masked, and positions skip it.
-    """
-
-    def __init__(self, prefix: Prefix, suffixes: Sequence[Sequence[int]], device: torch.device) -> None:
-        width = max(map(len, suffixes))
-        padding = torch.tensor([width - len(suffix) for suffix in suffixes], device=device)[:, None]
-        self.rows = torch.arange(len(suffixes), device=device)
-        self.cache = prefix.rows(len(suffixes))
-        self.input_ids = torch.tensor([[0] * (width - len(s)) + list(s) for s in suffixes], device=device)
-        offsets = torch.arange(width, device=device) - padding
-        self.positions = prefix.next_position + offsets.clamp(min=0)
-        self.mask = None
-        if padding.any():
-            ones = torch.ones(len(suffixes), len(prefix.token_ids), dtype=torch.bool, device=device)
-            self.mask = torch.cat([ones, offsets >= 0], dim=1)
-
-    def advance(self, chosen: torch.Tensor, running: Sequence[int]) -> None:
-        """Makes the chosen tokens the next input; copies the cache once half of the rows have ended."""
-        self.input_ids = chosen[:, None]
-        self.positions = self.positions[:, -1:] + 1
-        if self.mask is not None:
-            self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], dim=1)
-        if 2 * len(running) <= len(self.rows):
-            keep = torch.tensor(running, device=self.rows.device)
-            self.cache.batch_select_indices(keep)
-            self.rows, self.input_ids, self.positions = self.rows[keep], self.input_ids[keep], self.positions[keep]
-            self.mask = None if self.mask is None else self.mask[keep]
-
-
-def _shared_length(prompts: Sequence[Sequence[int]]) -> int:
-    """Length of the longest common token prefix that leaves each prompt at least one token."""
-    shortest, longest = min(prompts), max(prompts)
-    common = next((i for i, (a, b) in enumerate(zip(shortest, longest, strict=False)) if a != b), len(shortest))
-    return min(common, min(map(len, prompts)) - 1)
-
-
 def _stop_ids(model: PreTrainedModel, processor: PromptProcessor) -> frozenset[int]:
     ids = model.generation_config.eos_token_id
     if ids is None:
@@ -401,62 +341,6 @@ def _stop_ids(model: PreTrainedModel, processor: PromptProcessor) -> frozenset[i
 
 def _deepstack_maps(checkpoint: Checkpoint) -> int:
     return len(checkpoint.config["vision_config"].get("deepstack_visual_indexes", ()))
-
-
-def load_model(checkpoint: Checkpoint, dtype: torch.dtype, attn: str = "sdpa") -> PreTrainedModel:
-    """Loads the weights into the architecture's own class, on the CPU, in evaluation mode.
-
-    Raises:
-        ModelError: weights are missing or don't fit config.json.
-    """
-    try:
-        with _silent_report():
-            model, report = AutoModelForImageTextToText.from_pretrained(
-                checkpoint.folder,
-                dtype=dtype,
-                attn_implementation=attn,
-                use_safetensors=True,
-                trust_remote_code=False,
-                local_files_only=True,
-                ignore_mismatched_sizes=True,
-                output_loading_info=True,
-            )
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        raise ModelError(f"{checkpoint.name} can't be loaded: {type(error).__name__}: {error}") from error
-    _check_report(checkpoint.name, report)
-    return model.eval()
-
-
-def _check_report(name: str, report: dict) -> None:
-    missing, mismatched = sorted(report["missing_keys"]), sorted(report["mismatched_keys"])
-    if missing:
-        raise ModelError(f"{name} lacks {len(missing)} weights, such as {missing[0]}; fetch its files again")
-    if mismatched:
-        key, stored, wanted = mismatched[0]
-        raise ModelError(
-            f"{name}: {key} has shape {tuple(stored)}, config.json asks for {tuple(wanted)}; "
-            "one of the two is of another model"
-        )
-    unknown = sorted(key for key in report["unexpected_keys"] if not key.startswith(HEAD_PREFIX))
-    if unknown:
-        logging.getLogger(__name__).warning(
-            "%s holds %d weights that are not used, such as %s", name, len(unknown), unknown[0]
-        )
-
-
-@contextmanager
-def _silent_report() -> Iterator[None]:
-    """Keeps transformers from listing the head's weights as unexpected; `_check_report` says what matters."""
-    logger = logging.getLogger("transformers.modeling_utils")
-
-    def no_report(record: logging.LogRecord) -> bool:
-        return "LOAD REPORT" not in record.getMessage()
-
-    logger.addFilter(no_report)
-    try:
-        yield
-    finally:
-        logger.removeFilter(no_report)
 
 
 @contextmanager
