@@ -198,11 +198,12 @@ def test_a_gradient_read_at_a_view_pixel_is_the_source_pixels(lens, focal, axis)
     view = unify(ramp, camera, focal, "exact", GRID)
     pixels = np.random.default_rng(2).uniform((45, 15), (275, 225), (1000, 2))
     seen = view.from_source(pixels)
-    # Rounding to grey levels is the same for the rising and the falling ramp, so it cancels; a shift doesn't.
+    # One level is one pixel. Reducing, remapping and averaging each round by up to half a level, which the rising
+    # and the falling ramp cancel on average only; a shift of the geometry moves the mean.
     rising, falling = sample_map(view.image[..., 0], seen), sample_map(view.image[..., 1], seen)
     error_px = (rising - falling + 255) / 2 + start - pixels[:, axis]
-    assert abs(error_px.mean()) < 0.06
-    assert np.abs(error_px).max() < 0.6
+    assert abs(error_px.mean()) < 0.1
+    assert np.abs(error_px).max() < 1.0
 
 
 @any_lens
