@@ -6,7 +6,6 @@ import array
 import importlib
 import io
 import sys
-import time
 from types import SimpleNamespace
 
 import cv2
@@ -186,18 +185,6 @@ def test_rclpy_and_rosbags_messages_decode_alike():
     read_back = store.deserialize_cdr(raw, image_type.__msgtype__)
     np.testing.assert_array_equal(decode_image(ours), [[[2, 1, 0], [5, 4, 3]], [[11, 10, 9], [14, 13, 12]]])
     np.testing.assert_array_equal(decode_image(read_back), decode_image(ours))
-
-
-def test_rgb8_vga_costs_no_more_than_a_copy():
-    pixels = np.zeros((480, 1920), np.uint8)
-    msg = ros_image("rgb8", 640, 480, pixels)
-    seconds = []
-    for _ in range(20):
-        start = time.perf_counter()
-        decode_image(msg)
-        seconds.append(time.perf_counter() - start)
-    # 0.03 ms on one core of the machine this was written on; element by element it takes tens of milliseconds.
-    assert min(seconds) < 1e-3
 
 
 def broken(**changes):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import struct
-import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -118,17 +117,6 @@ def test_arrays_that_do_not_belong_together_are_refused(ros, changes, words):
     with pytest.raises(CloudError) as error:
         cloud_message(0, "", **{"points": points, "rgb": rgb, "confidence": confidence, **changes})
     assert words in str(error.value)
-
-
-def test_a_large_cloud_takes_milliseconds(ros):
-    arrays = cloud_arrays(300_000)
-    seconds = []
-    for _ in range(10):
-        start = time.perf_counter()
-        cloud_message(0, "", *arrays, (500, 600))
-        seconds.append(time.perf_counter() - start)
-    # 1.2 ms on one core of the machine this was written on; assigning the array to `data` instead takes 340.
-    assert min(seconds) < 20e-3
 
 
 def test_cloud_passes_through_ros_serialisation_to_another_reader(ros):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 
 import numpy as np
 import pytest
@@ -105,20 +104,6 @@ def test_each_part_of_blue_noise_that_comes_first_covers_the_whole_area(size):
 
 def test_blue_noise_fills_an_area_to_the_last_pixel_but_one():
     assert len(np.unique(sample_pixels(64, 48, 64 * 48 - 1, "blue_noise"), axis=0)) == 64 * 48 - 1
-
-
-def fastest_ms(method: str, count: int) -> float:
-    seconds = []
-    for _ in range(30):
-        start = time.perf_counter()
-        sample_pixels(640, 480, count, method)
-        seconds.append(time.perf_counter() - start)
-    return min(seconds) * 1000
-
-
-@pytest.mark.parametrize(("method", "limit_ms"), [("grid", 1), ("random", 10), ("blue_noise", 10)])
-def test_a_frames_pixels_are_chosen_in_no_time(method, limit_ms):
-    assert fastest_ms(method, 256) < limit_ms
 
 
 def test_stride_takes_the_middle_of_each_cell_row_by_row():
