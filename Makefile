@@ -1,6 +1,7 @@
 # make demo    the shipped recording through the node: numbers, a report and a cloud in results/latest/
 # make test    all tests
 # make env     only the environment, in .venv/ (the two above make it when it is missing)
+# make bench   how long the stages around the model take
 # make lint    ruff
 # make clean   removes the environment, results and build products
 
@@ -45,7 +46,7 @@ pip_install = echo "  $(1)"; $(VENV)/bin/python -m pip install --quiet --no-inpu
 	> $(PIP_LOG) 2>&1 || { cat $(PIP_LOG) >&2; echo "make: pip could not install $(1); the lines above say why" >&2; exit 1; }
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test env lint clean
+.PHONY: help demo test bench env lint clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -55,6 +56,9 @@ demo: $(READY)
 
 test: $(READY)
 	@ROS_PYTHON_CHECK_FIELDS=1 $(VENV)/bin/python -m pytest -p no:cacheprovider $(PYTEST_ARGS)
+
+bench: $(READY)
+	@$(VENV)/bin/python -m pytest -p no:cacheprovider tests/bench_stages.py --benchmark-columns=min,median,stddev
 
 env: $(READY)
 

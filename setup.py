@@ -72,6 +72,7 @@ setup(
         "test": [
             "pytest>=8",
             "pytest-timeout>=2.3",
+            "pytest-benchmark>=5",
             "hypothesis>=6.100",
             "setuptools>=70.1",
             "colcon-ros",
