@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import MutableMapping
+from importlib import metadata
 from pathlib import Path
 
-# The name of Fast DDS 3 (Kilted) and that of Fast DDS 2 (Jazzy, Humble).
-_VARIABLES = ("FASTDDS_DEFAULT_PROFILES_FILE", "FASTRTPS_DEFAULT_PROFILES_FILE")
+# Fast DDS 3 (Kilted and later) has renamed the variable and scolds whoever sets the old one.
+_NEW, _OLD = "FASTDDS_DEFAULT_PROFILES_FILE", "FASTRTPS_DEFAULT_PROFILES_FILE"
+# rclpy 9 came with Kilted.
+_RCLPY_WITH_FAST_DDS_3 = 9
 
 
 def large_message_profile() -> Path | None:
@@ -26,5 +29,13 @@ def use_large_message_profile(environment: MutableMapping[str, str]) -> None:
     memory segment is the writer's. Other middlewares ignore it.
     """
     profile = large_message_profile()
-    if profile is not None and not any(environment.get(name) for name in _VARIABLES):
-        environment.update(dict.fromkeys(_VARIABLES, str(profile)))
+    if profile is not None and not environment.get(_NEW) and not environment.get(_OLD):
+        environment[_NEW if _has_fast_dds_3() else _OLD] = str(profile)
+
+
+def _has_fast_dds_3() -> bool:
+    try:
+        major = int(metadata.version("rclpy").split(".")[0])
+    except metadata.PackageNotFoundError:
+        return True
+    return major >= _RCLPY_WITH_FAST_DDS_3

@@ -1,0 +1,332 @@
+"""The real node in a process of its own: what it publishes is what the estimator says, point for point."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import yaml
+
+rclpy = pytest.importorskip("rclpy")
+
+from rclpy.executors import SingleThreadedExecutor  # noqa: E402
+from rclpy.node import Node  # noqa: E402
+from rclpy.qos import QoSProfile, ReliabilityPolicy, qos_profile_sensor_data  # noqa: E402
+from sensor_msgs.msg import CameraInfo, CompressedImage, Image, PointCloud2  # noqa: E402
+
+from depthlm_ros.camera import Camera, Distortion, camera_from_info  # noqa: E402
+from depthlm_ros.cards import CARD_FILE  # noqa: E402
+from depthlm_ros.messages import camera_info_message, header_stamp_ns, read_cloud, rgb_message  # noqa: E402
+from depthlm_ros.middleware import large_message_profile, use_large_message_profile  # noqa: E402
+from depthlm_ros.sampling import sample_pixels  # noqa: E402
+
+PATIENCE_S = 60.0
+WIDTH, HEIGHT = 96, 64
+CAMERA = Camera(
+    fx=80.0, fy=82.0, cx=47.0, cy=31.5, width=WIDTH, height=HEIGHT,
+    distortion=Distortion("plumb_bob", (-0.05, 0.01, 0.001, -0.001, 0.0)),
+)  # fmt: skip
+POINTS = 12
+FRAME = "camera_optical_frame"
+RELIABLE = QoSProfile(depth=10, reliability=ReliabilityPolicy.RELIABLE)
+
+
+def node_command(*parameters: str, remap: tuple[str, ...] = ()) -> list[str]:
+    arguments = [f"-p{text}" for text in parameters] + [f"-r{text}" for text in remap]
+    flags = [part for text in arguments for part in (text[:2], text[2:])]
+    return [sys.executable, "-m", "depthlm_ros.node", "--ros-args", *flags]
+
+
+class NodeProcess:
+    """`depth_node` in another process; its log is kept for the message of a failing test."""
+
+    def __init__(self, *parameters: str, remap: tuple[str, ...] = ()) -> None:
+        self.process = subprocess.Popen(
+            node_command(*parameters, remap=remap), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        self.lines: list[str] = []
+        self.reader = threading.Thread(target=lambda: self.lines.extend(self.process.stdout), daemon=True)
+        self.reader.start()
+
+    @property
+    def log(self) -> str:
+        return "".join(self.lines)
+
+    def stop(self) -> int:
+        """Ctrl-C; returns the exit status."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGINT)
+        try:
+            return self.process.wait(PATIENCE_S)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait(PATIENCE_S)
+            raise
+        finally:
+            self.reader.join(PATIENCE_S)
+
+
+class CameraDriver:
+    """A camera and a listener in this process."""
+
+    def __init__(self, kind: type, topic: str, info_topic: str) -> None:
+        self.context = rclpy.Context()
+        rclpy.init(context=self.context)
+        self.node = Node("camera", context=self.context)
+        self.images = self.node.create_publisher(kind, topic, RELIABLE)
+        self.infos = self.node.create_publisher(CameraInfo, info_topic, RELIABLE)
+        self.clouds: dict[int, PointCloud2] = {}
+        self.node.create_subscription(
+            PointCloud2, "points", lambda m: self.clouds.setdefault(header_stamp_ns(m.header), m), RELIABLE
+        )
+        self.executor = SingleThreadedExecutor(context=self.context)
+        self.executor.add_node(self.node)
+        threading.Thread(target=self.executor.spin, daemon=True).start()
+
+    def send(self, image: Any, stamp: int) -> None:
+        self.infos.publish(camera_info_message(CAMERA, stamp, FRAME))
+        self.images.publish(image)
+
+    def close(self) -> None:
+        self.executor.shutdown(timeout_sec=PATIENCE_S)
+        self.node.destroy_node()
+        rclpy.try_shutdown(context=self.context)
+
+
+def wait(process: NodeProcess, condition: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert process.process.poll() is None, f"the node ended while waiting for {what}:\n{process.log}"
+        assert time.monotonic() < deadline, f"waited {PATIENCE_S} s for {what}; the node said:\n{process.log}"
+        time.sleep(0.02)
+
+
+def picture(seed: int) -> np.ndarray:
+    """Smooth enough for JPEG, different for each seed."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (6, 9, 3), dtype=np.uint8)
+    return cv2.resize(coarse, (WIDTH, HEIGHT), interpolation=cv2.INTER_CUBIC)
+
+
+def bgr_message(image: np.ndarray, stamp: int) -> Image:
+    message = rgb_message(np.ascontiguousarray(image[..., ::-1]), stamp, FRAME)
+    message.encoding = "bgr8"
+    return message
+
+
+CARD = {
+    "name": "two_processes",
+    "source": ".",
+    "licence": "Apache-2.0",
+    "commercial_use": True,
+    "architecture": "qwen3_vl",
+    "dialects": ["dense"],
+    "default_dialect": "dense",
+    "focal_px": 100.0,
+    "policy": "exact",
+    "depth_kind": "z",
+    "max_new_tokens": 24,
+    "description": "Random weights with a small focal length, so that images stay small.",
+}
+
+
+@pytest.fixture(scope="module")
+def model(qwen3_vl_checkpoint, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("two_processes") / "two_processes"
+    shutil.copytree(qwen3_vl_checkpoint, folder)
+    (folder / CARD_FILE).write_text(yaml.safe_dump(CARD), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def start(ros_domain, model) -> Iterator[Callable[..., tuple[NodeProcess, CameraDriver]]]:
+    started: list[Any] = []
+
+    def make(
+        *parameters: str,
+        kind: type = Image,
+        topic: str = "image",
+        info_topic: str = "camera_info",
+        remap: tuple[str, ...] = (),
+    ) -> tuple[NodeProcess, CameraDriver]:
+        # Frames in work are tiny here; one thread keeps both processes from fighting over the cores.
+        process = NodeProcess(
+            f"model:={model}", "device:=cpu", "dtype:=float32", "cpu_threads:=1", *parameters, remap=remap
+        )
+        started.append(process)
+        camera = CameraDriver(kind, topic, info_topic)
+        started.append(camera)
+        wait(process, lambda: camera.images.get_subscription_count() > 0, "the node to subscribe to the image")
+        wait(process, lambda: camera.infos.get_subscription_count() > 0, "the node to subscribe to camera_info")
+        return process, camera
+
+    yield make
+    for each in reversed(started):
+        each.close() if isinstance(each, CameraDriver) else each.stop()
+
+
+@pytest.fixture(scope="module")
+def estimator(model):
+    from depthlm_ros.estimator import Estimator
+
+    with Estimator.load(str(model), device="cpu", dtype="float32") as loaded:
+        yield loaded
+
+
+def expected(estimator: Any, image: np.ndarray) -> dict[str, np.ndarray]:
+    """The cloud as the pipeline gives it without ROS."""
+    camera = camera_from_info(camera_info_message(CAMERA), (WIDTH, HEIGHT), rectified=False)
+    pixels = sample_pixels(WIDTH, HEIGHT, POINTS)
+    result = estimator.estimate(image, camera, pixels, dialect="dense")
+    known = result.valid
+    u, v = pixels[known].astype(int).T
+    return {
+        "points": camera.unproject(pixels[known], result.depth_m[known]),
+        "rgb": image[v, u],
+        "confidence": result.confidence[known],
+    }
+
+
+def assert_same(message: PointCloud2, stamp: int, cloud: dict[str, np.ndarray]) -> None:
+    received = read_cloud(message)
+    assert header_stamp_ns(message.header) == stamp
+    assert message.header.frame_id == FRAME
+    assert len(cloud["points"]) > 0, "the random model answered nothing; the comparison would be empty"
+    np.testing.assert_allclose(received["points"], cloud["points"], rtol=0, atol=1e-5)
+    np.testing.assert_array_equal(received["rgb"], cloud["rgb"])
+    np.testing.assert_allclose(received["confidence"], cloud["confidence"], rtol=0, atol=1e-6)
+
+
+def test_clouds_equal_the_estimators_own_answers_and_a_bad_frame_changes_nothing(start, estimator):
+    process, camera = start(f"points:={POINTS}")
+    stamps = {"rgb8": 1_000_000_001, "bad": 2_000_000_002, "bgr8": 3_000_000_003}
+    camera.send(rgb_message(picture(1), stamps["rgb8"], FRAME), stamps["rgb8"])
+    wait(process, lambda: stamps["rgb8"] in camera.clouds, "the cloud of the rgb8 image")
+    bad = rgb_message(picture(2), stamps["bad"], FRAME)
+    bad.data = bad.data[:-7]
+    camera.send(bad, stamps["bad"])
+    wait(process, lambda: "frame skipped" in process.log, "the bad frame to be explained")
+    camera.send(bgr_message(picture(3), stamps["bgr8"]), stamps["bgr8"])
+    wait(process, lambda: stamps["bgr8"] in camera.clouds, "the cloud of the bgr8 image")
+
+    assert_same(camera.clouds[stamps["rgb8"]], stamps["rgb8"], expected(estimator, picture(1)))
+    assert_same(camera.clouds[stamps["bgr8"]], stamps["bgr8"], expected(estimator, picture(3)))
+    assert stamps["bad"] not in camera.clouds
+    assert process.stop() == 0, process.log
+
+
+def test_the_cloud_of_a_compressed_image_of_a_remapped_topic_equals_the_estimators_answers(start, estimator):
+    process, camera = start(
+        f"points:={POINTS}",
+        "compressed:=true",
+        kind=CompressedImage,
+        topic="/front/image_raw/compressed",
+        info_topic="/front/camera_info",
+        remap=("image:=/front/image_raw",),
+    )
+    stamp = 5_000_000_005
+    message = CompressedImage(header=rgb_message(picture(4), stamp, FRAME).header, format="jpeg")
+    encoded = cv2.imencode(".jpg", picture(4)[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 90])[1]
+    message.data = encoded.tobytes()
+    camera.send(message, stamp)
+    wait(process, lambda: stamp in camera.clouds, "the cloud of the compressed image")
+    decoded = np.ascontiguousarray(cv2.imdecode(encoded, cv2.IMREAD_COLOR)[..., ::-1])
+    assert_same(camera.clouds[stamp], stamp, expected(estimator, decoded))
+
+
+def run_to_its_end(*parameters: str) -> tuple[int, str]:
+    done = subprocess.run(
+        node_command(*parameters), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=PATIENCE_S
+    )
+    return done.returncode, done.stdout
+
+
+def test_a_folder_without_weights_ends_the_process_with_the_reason(ros_domain, tmp_path):
+    status, log = run_to_its_end(f"model:={tmp_path}")
+    assert status == 1
+    assert str(tmp_path) in log and "Traceback" not in log
+
+
+def test_a_misspelt_parameter_ends_the_process_with_the_right_name(ros_domain):
+    status, log = run_to_its_end("pionts:=5")
+    assert status == 1
+    assert "did you mean 'points'" in log and "Traceback" not in log
+
+
+def test_without_autostart_the_node_waits_unconfigured_and_ends_on_ctrl_c(ros_domain, tmp_path):
+    process = NodeProcess(f"model:={tmp_path}", "autostart:=false")
+    context = rclpy.Context()
+    rclpy.init(context=context)
+    peer = Node("peer", context=context)
+    wait(process, lambda: "depth_node" in peer.get_node_names(), "the node to appear")
+    peer.destroy_node()
+    rclpy.try_shutdown(context=context)
+    assert process.stop() == 0, process.log
+
+
+FULL_HD_SCRIPT = """
+import array, sys, time
+from depthlm_ros.middleware import use_large_message_profile
+import os
+use_large_message_profile(os.environ)
+import rclpy
+from rclpy.qos import qos_profile_sensor_data
+from sensor_msgs.msg import Image
+rclpy.init()
+node = rclpy.create_node("full_hd")
+publisher = node.create_publisher(Image, "image", qos_profile_sensor_data)
+while publisher.get_subscription_count() == 0:
+    time.sleep(0.02)
+message = Image(height=1080, width=1920, encoding="rgb8", step=5760, data=array.array("B", bytes(1080 * 5760)))
+for number in range(20):
+    message.header.stamp.sec = number
+    publisher.publish(message)
+    time.sleep(0.1)
+sys.stdin.read()
+"""
+
+
+def test_full_hd_images_cross_processes_at_best_effort_with_the_shipped_profile(ros_domain):
+    from conftest import ROOT
+
+    assert large_message_profile() == ROOT / "config" / "fastdds.xml"
+    process = subprocess.Popen([sys.executable, "-c", FULL_HD_SCRIPT], stdin=subprocess.PIPE)
+    with pytest.MonkeyPatch.context() as patch:
+        chosen: dict[str, str] = {}
+        use_large_message_profile(chosen)
+        for name, path in chosen.items():
+            patch.setenv(name, path)
+        context = rclpy.Context()
+        rclpy.init(context=context)
+        node = Node("listener", context=context)
+    seconds: list[int] = []
+    node.create_subscription(Image, "image", lambda m: seconds.append(m.header.stamp.sec), qos_profile_sensor_data)
+    executor = SingleThreadedExecutor(context=context)
+    executor.add_node(node)
+    deadline = time.monotonic() + PATIENCE_S
+    while (not seconds or seconds[-1] != 19) and time.monotonic() < deadline:
+        executor.spin_once(timeout_sec=0.1)
+    process.communicate()
+    executor.shutdown()
+    node.destroy_node()
+    rclpy.try_shutdown(context=context)
+    # A few may be replaced while this machine is busy; with Fast DDS' defaults 0 or 1 of 60 arrive.
+    assert len(seconds) >= 15
+
+
+def test_a_profile_that_somebody_chose_is_left_alone():
+    environment = {"FASTRTPS_DEFAULT_PROFILES_FILE": "/mine.xml"}
+    use_large_message_profile(environment)
+    assert environment == {"FASTRTPS_DEFAULT_PROFILES_FILE": "/mine.xml"}
+    empty: dict[str, str] = {}
+    use_large_message_profile(empty)
+    assert [Path(path).name for path in empty.values()] == ["fastdds.xml"]
