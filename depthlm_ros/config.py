@@ -23,6 +23,7 @@ from depthlm_ros.errors import ConfigError
 NODE_NAME = "depth_node"
 # Points a frame when `points` is 0 and the dialect answers in words: each point costs a question.
 POINTS_IN_WORDS = 256
+_WITH_ARTICLE = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class Spec:
             value = float(value)
         if type(value) is not self.type:
             raise ConfigError(
-                f"{self.name} is {value!r}, which is of type {type(value).__name__}; give a {self.type.__name__}"
+                f"{self.name} is {value!r}, which is of type {type(value).__name__}; give {_WITH_ARTICLE[self.type]}"
             )
         if self.type is float and not math.isfinite(value):
             raise ConfigError(f"{self.name} is {value}; give a finite number")
@@ -91,7 +92,7 @@ class Spec:
         try:
             return self.check(self.type(text))
         except ValueError as error:
-            raise ConfigError(f"{self.name} is {text!r}; give a {self.type.__name__}") from error
+            raise ConfigError(f"{self.name} is {text!r}; give {_WITH_ARTICLE[self.type]}") from error
 
 
 def _setting(
@@ -256,8 +257,8 @@ def refuse_unknown(names: Iterable[str]) -> None:
 def read_yaml(path: Path | str, node: str = NODE_NAME) -> dict[str, Any]:
     """Reads the settings from a ROS 2 parameter file.
 
-    Sections `/**`, `node` and `/node` count, the later one wins. What belongs to ROS itself
-    (`use_sim_time`, `qos_overrides`) is left out.
+    Sections `/**`, `/**/node` (in any namespace), `node` and `/node` count, the later one wins. What belongs to
+    ROS itself (`use_sim_time`, `qos_overrides`) is left out.
 
     Raises:
         ConfigError: the file can't be read, or has no such section.
@@ -266,7 +267,9 @@ def read_yaml(path: Path | str, node: str = NODE_NAME) -> dict[str, Any]:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
         raise ConfigError(f"can't read parameters from {path}: {error}") from error
-    sections = [name for name in ("/**", node, f"/{node}") if isinstance(content, dict) and name in content]
+    sections = [
+        name for name in ("/**", f"/**/{node}", node, f"/{node}") if isinstance(content, dict) and name in content
+    ]
     if not sections:
         raise ConfigError(f"{path} has no section {node!r} with ros__parameters; see config/depthlm.yaml for the form")
     values: dict[str, Any] = {}
@@ -323,7 +326,7 @@ def markdown_table() -> str:
 
 def yaml_text() -> str:
     """The content of config/depthlm.yaml: every setting at its default, with its description."""
-    lines = [f"{NODE_NAME}:", "  ros__parameters:"]
+    lines = [f"/**/{NODE_NAME}:", "  ros__parameters:"]
     for s in specs():
         lines += textwrap.wrap(describe(s), 110, initial_indent="    # ", subsequent_indent="    # ")
         lines.append(f"    {s.name}: {_yaml_value(s.default)}")

@@ -410,7 +410,7 @@ class DepthNode(LifecycleNode):
         self._qos_sentences = sentences
 
 
-def main(args: list[str] | None = None) -> int:
+def main(args: list[str] | None = None, load: EstimatorFactory = load_estimator) -> int:
     """Runs the node until it is told to stop.
 
     With `autostart` (the default) a node that can't configure ends with status 1 and the reason; a node that
@@ -424,7 +424,7 @@ def main(args: list[str] | None = None) -> int:
     node = None
     status = 0
     try:
-        node = DepthNode()
+        node = DepthNode(load)
         if node.parameters.autostart and not node.start():
             status = 1
         else:

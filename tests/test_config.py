@@ -52,7 +52,7 @@ def test_an_unknown_name_is_answered_with_the_nearest_one(wrong, nearest):
     [
         ({"points": -1}, "points is -1; choose a value of 0 to 1000000"),
         ({"stride": 0}, "stride is 0; choose a value of 1 to 64"),
-        ({"points": "many"}, "points is 'many', which is of type str; give a int"),
+        ({"points": "many"}, "points is 'many', which is of type str; give a whole number"),
         ({"points": True}, "points is True, which is of type bool"),
         ({"max_depth_m": float("nan")}, "max_depth_m is nan; give a finite number"),
         ({"dialect": "denes"}, r"dialect is 'denes' \(did you mean dense\?\); choose one of"),

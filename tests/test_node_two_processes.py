@@ -50,10 +50,8 @@ def node_command(*parameters: str, remap: tuple[str, ...] = ()) -> list[str]:
 class NodeProcess:
     """`depth_node` in another process; its log is kept for the message of a failing test."""
 
-    def __init__(self, *parameters: str, remap: tuple[str, ...] = ()) -> None:
-        self.process = subprocess.Popen(
-            node_command(*parameters, remap=remap), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
+    def __init__(self, command: list[str]) -> None:
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         self.lines: list[str] = []
         self.reader = threading.Thread(target=lambda: self.lines.extend(self.process.stdout), daemon=True)
         self.reader.start()
@@ -74,6 +72,26 @@ class NodeProcess:
             raise
         finally:
             self.reader.join(PATIENCE_S)
+
+
+SLOW_NODE = """
+import sys, time
+from types import SimpleNamespace
+from depthlm_ros.engines.base import EngineInfo
+from depthlm_ros.node import main
+
+class Slow:
+    card = SimpleNamespace(default_dialect="dense")
+    dialects = ("dense",)
+    engine = SimpleNamespace(info=EngineInfo("slow", "slow", "none", "cpu", "float32", (), 0, True))
+    def describe(self): return []
+    def close(self): pass
+    def estimate(self, *arguments, **options):
+        print("in work", flush=True)
+        time.sleep(600)
+
+sys.exit(main(load=lambda parameters: Slow()))
+"""
 
 
 class CameraDriver:
@@ -159,9 +177,8 @@ def start(ros_domain, model) -> Iterator[Callable[..., tuple[NodeProcess, Camera
         remap: tuple[str, ...] = (),
     ) -> tuple[NodeProcess, CameraDriver]:
         # Frames in work are tiny here; one thread keeps both processes from fighting over the cores.
-        process = NodeProcess(
-            f"model:={model}", "device:=cpu", "dtype:=float32", "cpu_threads:=1", *parameters, remap=remap
-        )
+        fixed = (f"model:={model}", "device:=cpu", "dtype:=float32", "cpu_threads:=1")
+        process = NodeProcess(node_command(*fixed, *parameters, remap=remap))
         started.append(process)
         camera = CameraDriver(kind, topic, info_topic)
         started.append(camera)
@@ -263,7 +280,7 @@ def test_a_misspelt_parameter_ends_the_process_with_the_right_name(ros_domain):
 
 
 def test_without_autostart_the_node_waits_unconfigured_and_ends_on_ctrl_c(ros_domain, tmp_path):
-    process = NodeProcess(f"model:={tmp_path}", "autostart:=false")
+    process = NodeProcess(node_command(f"model:={tmp_path}", "autostart:=false"))
     context = rclpy.Context()
     rclpy.init(context=context)
     peer = Node("peer", context=context)
@@ -271,6 +288,21 @@ def test_without_autostart_the_node_waits_unconfigured_and_ends_on_ctrl_c(ros_do
     peer.destroy_node()
     rclpy.try_shutdown(context=context)
     assert process.stop() == 0, process.log
+
+
+def test_ctrl_c_ends_the_process_promptly_while_a_frame_is_in_work(ros_domain):
+    process = NodeProcess([sys.executable, "-c", SLOW_NODE])
+    camera = CameraDriver(Image, "image", "camera_info")
+    wait(process, lambda: camera.images.get_subscription_count() > 0, "the node to subscribe")
+    wait(process, lambda: camera.infos.get_subscription_count() > 0, "the node to subscribe to camera_info")
+    camera.send(rgb_message(picture(1), 1, FRAME), 1)
+    wait(process, lambda: "in work" in process.log, "the frame to be in work")
+    camera.close()
+    started = time.monotonic()
+    assert process.stop() == 0, process.log
+    # Most of it is the middleware's own leave-taking.
+    assert time.monotonic() - started < 3.0
+    assert "Traceback" not in process.log
 
 
 FULL_HD_SCRIPT = """
