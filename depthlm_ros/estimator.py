@@ -1,8 +1,8 @@
 """Image + camera + pixels -> metric depth. The whole pipeline without ROS.
 
-    estimator = Estimator.load("demo")
-    result = estimator.estimate(image, camera, pixels)
-    points = camera.unproject(result.pixels, result.depth_m)
+estimator = Estimator.load("demo")
+result = estimator.estimate(image, camera, pixels)
+points = camera.unproject(result.pixels, result.depth_m)
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """How long the stages around the model take. Not part of the tests, since a figure of a busy machine proves nothing:
 
-    make bench
+make bench
 """
 
 from __future__ import annotations
@@ -30,12 +30,15 @@ def _size(request):
 def test_decode(benchmark, size, encoding):
     width, height = size
     step = width * {"rgb8": 3, "bgr8": 3, "bayer_rggb8": 1, "yuv422_yuy2": 2}[encoding]
-    message = SimpleNamespace(width=width, height=height, step=step, encoding=encoding, is_bigendian=0,
-                              data=np.zeros(step * height, np.uint8))
+    message = SimpleNamespace(
+        width=width, height=height, step=step, encoding=encoding, is_bigendian=0, data=np.zeros(step * height, np.uint8)
+    )
     assert benchmark(decode_image, message).shape == (height, width, 3)
 
 
-@pytest.mark.parametrize("lens", [Distortion(), Distortion("plumb_bob", (-0.2, 0.05, 1e-3, 1e-3, 0.0))], ids=["ideal", "plumb_bob"])
+@pytest.mark.parametrize(
+    "lens", [Distortion(), Distortion("plumb_bob", (-0.2, 0.05, 1e-3, 1e-3, 0.0))], ids=["ideal", "plumb_bob"]
+)
 def test_unify(benchmark, size, lens):
     width, height = size
     camera = Camera(0.85 * width, 0.85 * width, width / 2, height / 2, width, height, lens)

@@ -1,4 +1,4 @@
-"""The training pipeline: scenes are exact, questions are those of inference, an interrupted run goes on as if it hadn't been."""
+"""Training: scenes are exact, questions are those of inference, an interrupted run goes on as if it hadn't been."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ from depthlm_training.sft import IGNORED, Dialogue, answer_states
 from depthlm_training.vocabulary import build_tokenizer, save_processor
 
 CAMERA = Camera(fx=100, fy=100, cx=63.5, cy=47.5, width=128, height=96)
-TINY = Size(vision_hidden=48, vision_layers=3, vision_heads=3, hidden=64, layers=3, heads=2, kv_heads=1, mlp=96, head_hidden=32)
+TINY = Size(
+    vision_hidden=48, vision_layers=3, vision_heads=3, hidden=64, layers=3, heads=2, kv_heads=1, mlp=96, head_hidden=32
+)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +62,9 @@ def _repeated(bank: Bank, length: int) -> Bank:
 
 
 def empty_room() -> Scene:
-    scene = Scene("room", np.array([-3, -4, 0, 3, 4, 2.5], np.float32), np.array([0, 0, 2.2], np.float32), 0.4, 0.0, np.zeros(3))
+    scene = Scene(
+        "room", np.array([-3, -4, 0, 3, 4, 2.5], np.float32), np.array([0, 0, 2.2], np.float32), 0.4, 0.0, np.zeros(3)
+    )
     for _ in range(6):
         scene.paint(scenes.PLAIN, (0.7, 0.7, 0.7))
     return scene
@@ -81,8 +85,10 @@ def test_the_floor_has_the_depth_that_similar_triangles_give():
     np.testing.assert_allclose(depth[rows, 64], 1.2 * 100 / (rows - 47.5), rtol=1e-4)
 
 
-@pytest.mark.parametrize(("kind", "half", "front_m"), [
-    (SPHERE, (0.5, 0.5, 0.5), 2.5), (BOX, (0.4, 0.3, 0.6), 2.7), (CYLINDER, (0.25, 0.25, 0.8), 2.75)])
+@pytest.mark.parametrize(
+    ("kind", "half", "front_m"),
+    [(SPHERE, (0.5, 0.5, 0.5), 2.5), (BOX, (0.4, 0.3, 0.6), 2.7), (CYLINDER, (0.25, 0.25, 0.8), 2.75)],
+)
 def test_each_shape_is_nearest_where_it_faces_the_camera(kind, half, front_m):
     camera = replace(CAMERA, cx=64.0, cy=48.0)
     scene = empty_room()
@@ -113,7 +119,10 @@ def test_the_window_that_a_shape_is_traced_in_loses_no_pixel(monkeypatch):
 def test_a_drive_is_the_same_for_the_same_seed_and_moves():
     first = list(render_drive(4, width=64, height=48, focal_px=50, seed=2))
     again = list(render_drive(4, width=64, height=48, focal_px=50, seed=2))
-    assert all(np.array_equal(a[0], b[0]) and np.array_equal(a[1], b[1], equal_nan=True) for a, b in zip(first, again, strict=True))
+    assert all(
+        np.array_equal(a[0], b[0]) and np.array_equal(a[1], b[1], equal_nan=True)
+        for a, b in zip(first, again, strict=True)
+    )
     assert len({image.tobytes() for image, _, _ in first}) == 4
 
 
@@ -134,10 +143,14 @@ def test_training_asks_exactly_what_the_chat_template_asks(tokenizer):
 
 
 def test_only_the_answer_is_supervised(tokenizer):
-    ids, labels, before = Dialogue(tokenizer).rows([marker_question(), coordinates_question(1, 2)], np.array([3.5, 12.25]), whole=True)
+    ids, labels, before = Dialogue(tokenizer).rows(
+        [marker_question(), coordinates_question(1, 2)], np.array([3.5, 12.25]), whole=True
+    )
     said = [tokenizer.decode(row[row != IGNORED]) for row in labels]
     assert said == [answer_text(3.5) + "<|im_end|>", answer_text(12.25) + "<|im_end|>"]
-    assert [tokenizer.decode(row[: at + 1])[-25:] for row, at in zip(ids, before, strict=True)] == ["<think> The point is around "[-25:]] * 2
+    assert [tokenizer.decode(row[: at + 1])[-25:] for row, at in zip(ids, before, strict=True)] == [
+        "<think> The point is around "[-25:]
+    ] * 2
 
 
 def test_rows_that_share_a_prefix_see_what_each_question_sees_alone(net, tokenizer):
@@ -151,9 +164,12 @@ def test_rows_that_share_a_prefix_see_what_each_question_sees_alone(net, tokeniz
         for i in range(3):
             length = int((labels[i] != IGNORED).nonzero().max()) + 1
             whole = torch.tensor([net.header + [net.vlm.config.image_token_id] * 6 + ids[i, :length].tolist()])
-            stock = net.vlm(input_ids=whole, pixel_values=patchify(torch.from_numpy(image)),
-                            image_grid_thw=torch.tensor([[1, 4, 6]]),
-                            mm_token_type_ids=(whole == net.vlm.config.image_token_id).int()).logits[0, -length:]
+            stock = net.vlm(
+                input_ids=whole,
+                pixel_values=patchify(torch.from_numpy(image)),
+                image_grid_thw=torch.tensor([[1, 4, 6]]),
+                mm_token_type_ids=(whole == net.vlm.config.image_token_id).int(),
+            ).logits[0, -length:]
             torch.testing.assert_close(shared[i, :length], stock, rtol=1e-4, atol=1e-4)
 
 

@@ -7,7 +7,6 @@ in whatever order and on however many processes.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,8 +32,14 @@ class View:
 
     @property
     def camera(self) -> Camera:
-        return Camera(fx=self.focal_px, fy=self.focal_px, cx=(self.width - 1) / 2, cy=(self.height - 1) / 2,
-                      width=self.width, height=self.height)
+        return Camera(
+            fx=self.focal_px,
+            fy=self.focal_px,
+            cx=(self.width - 1) / 2,
+            cy=(self.height - 1) / 2,
+            width=self.width,
+            height=self.height,
+        )
 
 
 def scene_rng(seed: int, split: str, index: int) -> np.random.Generator:
@@ -102,19 +107,16 @@ class Batch:
 CANVASES = (((256, 192), 0.85), ((288, 160), 0.15))
 
 
-def batches(bank: SceneBank, size: int, seed: int, start: int = 0) -> Iterator[Batch]:
-    """Endless augmented batches; batch number `start + k` is the same however often the run was interrupted.
+def make_batch(bank: SceneBank, size: int, seed: int, step: int) -> Batch:
+    """The augmented batch of a step: the same one however often the run was interrupted.
 
     Augmentation keeps the geometry true: mirror images, colour, blur (what antialiased downscaling does to a real
     photograph), noise, and centred crops to narrower fields of view, padded as `unify(policy="exact")` pads.
     """
-    step = start
-    while True:
-        rng = np.random.default_rng([seed, 7, step])
-        width, height = CANVASES[rng.choice(len(CANVASES), p=[p for _, p in CANVASES])][0]
-        pairs = [_augmented(*bank[i], width, height, rng) for i in rng.integers(0, len(bank) - MONITOR, size)]
-        yield Batch(np.stack([p[0] for p in pairs]), np.stack([p[1] for p in pairs]))
-        step += 1
+    rng = np.random.default_rng([seed, 7, step])
+    width, height = CANVASES[rng.choice(len(CANVASES), p=[p for _, p in CANVASES])][0]
+    pairs = [_augmented(*bank[i], width, height, rng) for i in rng.integers(0, len(bank) - MONITOR, size)]
+    return Batch(np.stack([p[0] for p in pairs]), np.stack([p[1] for p in pairs]))
 
 
 def _augmented(image: np.ndarray, depth: np.ndarray, width: int, height: int, rng: np.random.Generator):
@@ -123,13 +125,14 @@ def _augmented(image: np.ndarray, depth: np.ndarray, width: int, height: int, rn
     if rng.random() < 0.3:
         w, h = int(rng.integers(width - 31, width + 1)), int(rng.integers(height - 31, height + 1))
     left, top = (full_w - w) // 2, (full_h - h) // 2
-    image, depth = image[top:top + h, left:left + w], depth[top:top + h, left:left + w].astype(np.float32)
+    image, depth = image[top : top + h, left : left + w], depth[top : top + h, left : left + w].astype(np.float32)
     if rng.random() < 0.5:
         image, depth = image[:, ::-1], depth[:, ::-1]
     pixels = image.astype(np.float32)
     if rng.random() < 0.5:
         pixels[1:-1, 1:-1] = 0.5 * pixels[1:-1, 1:-1] + 0.125 * (
-            pixels[:-2, 1:-1] + pixels[2:, 1:-1] + pixels[1:-1, :-2] + pixels[1:-1, 2:])
+            pixels[:-2, 1:-1] + pixels[2:, 1:-1] + pixels[1:-1, :-2] + pixels[1:-1, 2:]
+        )
     gain = rng.uniform(0.75, 1.25) * rng.uniform(0.92, 1.08, 3)
     pixels = pixels * gain.astype(np.float32) + rng.uniform(-12, 12)
     if rng.random() < 0.3:

@@ -21,7 +21,7 @@ from depthlm_training.data import SHARD, SceneBank, render_bank
 from depthlm_training.dense import DenseStage, train_dense
 from depthlm_training.model import DemoNet
 from depthlm_training.optim import load_state
-from depthlm_training.score import score
+from depthlm_training.score import MARKER_POINTS, POINTS, SCENES, score
 from depthlm_training.sft import TextStage, train_text
 from depthlm_training.vocabulary import build_tokenizer, save_processor
 
@@ -36,8 +36,11 @@ class Recipe:
     text: TextStage = TextStage()
 
 
-SMOKE = Recipe(scenes=SHARD, dense=replace(DenseStage(), steps=4, batch=4, save_every=2),
-               text=replace(TextStage(), steps=4, images=2, questions=4, marked=2, save_every=4))
+SMOKE = Recipe(
+    scenes=SHARD,
+    dense=replace(DenseStage(), steps=4, batch=4, save_every=2),
+    text=replace(TextStage(), steps=4, images=2, questions=4, marked=2, save_every=4),
+)
 
 
 def make(recipe: Recipe, run: Path, out: Path) -> None:
@@ -68,16 +71,7 @@ def seconds_spent(course: Path) -> float:
     return total + last
 
 
-def write_card(recipe: Recipe, run: Path, out: Path, figures: dict) -> None:
-    """Writes the folder's README (the card for people) from what was measured."""
-    minutes = {stage: seconds_spent(run / f"{stage}.jsonl") / 60 for stage in ("dense", "text")}
-    base = figures["baselines"]
-    rows = "\n".join(
-        f"| {name} | {d['delta1']:.3f} ({d['delta1_95'][0]:.3f} to {d['delta1_95'][1]:.3f}) | {d['above_baselines']:+.3f} "
-        f"| {d['abs_rel']:.3f} | {d['rmse_m']:.2f} | {d['answered']} of {d['asked']} |"
-        for name, d in figures["dialects"].items())
-    machine = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    (out / "README.md").write_text(f"""---
+CARD = """---
 license: apache-2.0
 library_name: transformers
 pipeline_tag: image-text-to-text
@@ -85,19 +79,19 @@ pipeline_tag: image-text-to-text
 
 # The demonstration model
 
-A Qwen3-VL in small (8.9M parameters with its dense depth head, bfloat16) that measures metric z-depth in images which
-this project renders itself. **It is a demonstration, not for robots**: it has seen rendered rooms, corridors and streets
-and no photograph.
+A Qwen3-VL in small ({parameters:.1f}M parameters with its dense depth head, bfloat16) that measures metric z-depth in
+images which this project renders itself. **It is a demonstration, not for robots**: it has seen rendered rooms,
+corridors and streets and no photograph.
 
-It speaks three dialects: `dense` (the default; one forward pass, one depth a pixel), `coordinates` and `marker` (answers in
-text). Images are brought to a focal length of 200 px (policy `exact`).
+It speaks three dialects: `dense` (the default; one forward pass, one depth a pixel), `coordinates` and `marker`
+(answers in text). Images are brought to a focal length of 200 px (policy `exact`).
 
 ## Scores
 
-{figures['scenes']} held-out scenes, 50 random points each (10 for `marker`), cameras of four sizes with 54 to 70 degrees field of view,
-measured {date.today().isoformat()} through the estimator that the node runs. δ1 is the share of points within a factor of 1.25.
-What knows no image reaches: best constant {base['best_constant']:.3f}, mean depth of the image row {base['row_mean']:.3f} (the
-value that is best for δ1 in each row instead of the mean: {base['row_best']:.3f}).
+{scenes} held-out scenes, {points} random points each ({marker_points} for `marker`), cameras of four sizes with 54 to
+70 degrees field of view, measured {today} through the estimator that the node runs. δ1 is the share of points within a
+factor of 1.25. What knows no image reaches: best constant **{best_constant:.3f}**, mean depth of the image row
+**{row_mean:.3f}** (with the value that is best for δ1 in each row instead of the mean: {row_best:.3f}).
 
 | dialect | δ1 (95 % interval over scenes) | above the better of constant and row mean | AbsRel | RMSE [m] | answered |
 |---|---|---|---|---|---|
@@ -107,11 +101,37 @@ value that is best for δ1 in each row instead of the mean: {base['row_best']:.3
 
     python -m depthlm_training.demo --run runs/demo --out models/demo
 
-seed {recipe.seed}; {recipe.scenes} scenes; stage 1 (dense) {recipe.dense.steps} steps of {recipe.dense.batch} images in {minutes['dense']:.0f} minutes; stage 2
-(text) {recipe.text.steps} steps of {recipe.text.images} images with {recipe.text.questions} questions each, every {recipe.text.marker_every}rd step {recipe.text.marked} marked images instead, in {minutes['text']:.0f} minutes.
-Machine: {machine}; it did other work at the same time, so the minutes are an upper bound.
-`training/score.py` measures the table again.
-""")
+Seed {recipe.seed}; {recipe.scenes} rendered scenes. Stage 1 (dense): {recipe.dense.steps} steps of {recipe.dense.batch}
+images, {dense_minutes:.0f} minutes. Stage 2 (text): {recipe.text.steps} steps of {recipe.text.images} images with
+{recipe.text.questions} questions each, every third step {recipe.text.marked} marked images with one question each
+instead, {text_minutes:.0f} minutes. Machine: {machine}; it did other work at the same time, so the minutes are an upper
+bound. `python -m depthlm_training.score models/demo` measures the table again.
+"""
+
+ROW = "| {} | {:.3f} ({:.3f} to {:.3f}) | {:+.3f} | {:.3f} | {:.2f} | {} of {} |"
+
+
+def write_card(recipe: Recipe, run: Path, out: Path, figures: dict) -> None:
+    """Writes the folder's README (the card for people) and `scores.json` from what was measured."""
+    columns = ("delta1", "low", "high", "above_baselines", "abs_rel", "rmse_m", "answered", "asked")
+    rows = []
+    for name, scores in figures["dialects"].items():
+        scores = dict(zip(("low", "high"), scores["delta1_95"], strict=True)) | scores
+        rows.append(ROW.format(name, *(scores[column] for column in columns)))
+    card = CARD.format(
+        parameters=figures["parameters"] / 1e6,
+        scenes=SCENES,
+        points=POINTS,
+        marker_points=MARKER_POINTS,
+        today=date.today().isoformat(),
+        **figures["baselines"],
+        rows="\n".join(rows),
+        recipe=recipe,
+        dense_minutes=seconds_spent(run / "dense.jsonl") / 60,
+        text_minutes=seconds_spent(run / "text.jsonl") / 60,
+        machine=f"{platform.machine()}, {torch.get_num_threads()} cores, no GPU, torch {torch.__version__}",
+    )
+    (out / "README.md").write_text(card, encoding="utf-8")
     (out / "scores.json").write_text(json.dumps(figures | {"recipe": asdict(recipe)}, indent=2) + "\n")
 
 

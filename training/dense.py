@@ -1,7 +1,7 @@
 """Stage 1: every pixel is a label. The whole network learns log-depth through the dense head.
 
-A dense map teaches thousands of depths an image where a text answer teaches one; text is taught afterwards, to a network that
-already sees depth (`sft.py`).
+A dense map teaches thousands of depths an image where a text answer teaches one; text is taught afterwards, to a
+network that already sees depth (`sft.py`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from depthlm_training.data import MONITOR, SceneBank, batches
+from depthlm_training.data import MONITOR, SceneBank, make_batch
 from depthlm_training.model import DemoNet, Encoded
 from depthlm_training.optim import Optimizer, Schedule, load_state, save_state
 
@@ -24,7 +24,7 @@ from depthlm_training.optim import Optimizer, Schedule, load_state, save_state
 class DenseStage:
     """What stage 1 is run with."""
 
-    steps: int = 2200
+    steps: int = 800
     batch: int = 16
     muon_lr: float = 5e-3
     adamw_lr: float = 1.5e-3
@@ -66,14 +66,16 @@ def dense_delta1(net: DemoNet, bank: SceneBank) -> float:
 def train_dense(net: DemoNet, bank: SceneBank, stage: DenseStage, run: Path, seed: int) -> None:
     """Runs or resumes stage 1; `run/dense.safetensors` holds its state, `run/dense.jsonl` its course."""
     state = run / "dense.safetensors"
-    optimizer = Optimizer(net, Schedule(stage.steps), stage.muon_lr, stage.adamw_lr)
+    optimizer = Optimizer(net, Schedule(stage.steps, decay=0), stage.muon_lr, stage.adamw_lr)
     done = load_state(state, net, optimizer) if state.exists() else 0
-    source = batches(bank, stage.batch, seed, done)
     run.mkdir(parents=True, exist_ok=True)
     losses, began = [], time.time()
-    with (run / "dense.jsonl").open("a") as log, tqdm(total=stage.steps, initial=done, desc="dense", mininterval=5) as bar:
+    with (
+        (run / "dense.jsonl").open("a") as log,
+        tqdm(total=stage.steps, initial=done, desc="dense", mininterval=5) as bar,
+    ):
         for step in range(done, stage.steps):
-            batch = next(source)
+            batch = make_batch(bank, stage.batch, seed, step)
             with torch.autocast("cpu", torch.bfloat16):
                 encoded = net.encode(torch.from_numpy(batch.images))
                 loss = dense_loss(net, encoded, torch.from_numpy(batch.depths), stage.probe_weight)
@@ -83,8 +85,13 @@ def train_dense(net: DemoNet, bank: SceneBank, stage: DenseStage, run: Path, see
             bar.update()
             if (step + 1) % stage.save_every == 0 or step + 1 == stage.steps:
                 save_state(state, net, optimizer, step + 1)
-                row = {"step": step + 1, "loss": float(np.mean(losses)), "norm": norm, "seconds": time.time() - began,
-                       "delta1": dense_delta1(net, bank)}
+                row = {
+                    "step": step + 1,
+                    "loss": float(np.mean(losses)),
+                    "norm": norm,
+                    "seconds": time.time() - began,
+                    "delta1": dense_delta1(net, bank),
+                }
                 losses.clear()
                 log.write(json.dumps(row) + "\n")
                 log.flush()

@@ -44,19 +44,36 @@ def build_config(tokenizer: PreTrainedTokenizerFast, size: Size) -> Qwen3VLConfi
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [12, 10, 10], "mrope_interleaved": True}
     return Qwen3VLConfig(
         text_config={
-            "vocab_size": vocab, "hidden_size": size.hidden, "intermediate_size": size.mlp,
-            "num_hidden_layers": size.layers, "num_attention_heads": size.heads, "num_key_value_heads": size.kv_heads,
-            "head_dim": 64, "max_position_embeddings": 4096, "rope_parameters": rope, "tie_word_embeddings": True,
-            "pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None,
+            "vocab_size": vocab,
+            "hidden_size": size.hidden,
+            "intermediate_size": size.mlp,
+            "num_hidden_layers": size.layers,
+            "num_attention_heads": size.heads,
+            "num_key_value_heads": size.kv_heads,
+            "head_dim": 64,
+            "max_position_embeddings": 4096,
+            "rope_parameters": rope,
+            "tie_word_embeddings": True,
+            "pad_token_id": tokenizer.pad_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "bos_token_id": None,
         },
         vision_config={
-            "depth": size.vision_layers, "hidden_size": size.vision_hidden, "intermediate_size": 4 * size.vision_hidden,
-            "num_heads": size.vision_heads, "patch_size": PATCH, "spatial_merge_size": MERGE, "temporal_patch_size": 2,
-            "out_hidden_size": size.hidden, "num_position_embeddings": 256,
+            "depth": size.vision_layers,
+            "hidden_size": size.vision_hidden,
+            "intermediate_size": 4 * size.vision_hidden,
+            "num_heads": size.vision_heads,
+            "patch_size": PATCH,
+            "spatial_merge_size": MERGE,
+            "temporal_patch_size": 2,
+            "out_hidden_size": size.hidden,
+            "num_position_embeddings": 256,
             "deepstack_visual_indexes": [1, size.vision_layers - 2],
         },
-        image_token_id=token("<|image_pad|>"), video_token_id=token("<|video_pad|>"),
-        vision_start_token_id=token("<|vision_start|>"), vision_end_token_id=token("<|vision_end|>"),
+        image_token_id=token("<|image_pad|>"),
+        video_token_id=token("<|video_pad|>"),
+        vision_start_token_id=token("<|vision_start|>"),
+        vision_end_token_id=token("<|vision_end|>"),
         tie_word_embeddings=True,
     )
 
@@ -136,12 +153,18 @@ class DemoNet(nn.Module):
         is_image = torch.zeros(b, start + h * w, dtype=torch.bool)
         is_image[:, start:] = True
         rows, columns = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
-        image_positions = start + torch.stack([torch.zeros(h * w, dtype=torch.long), rows.reshape(-1), columns.reshape(-1)])
+        image_positions = start + torch.stack(
+            [torch.zeros(h * w, dtype=torch.long), rows.reshape(-1), columns.reshape(-1)]
+        )
         positions = torch.cat([torch.arange(start).expand(3, -1), image_positions], 1)[:, None].expand(3, b, -1)
         cache = DynamicCache(config=self.vlm.config.text_config)
         out = model.language_model(
-            inputs_embeds=torch.cat([words.to(merged.dtype), merged], 1), position_ids=positions, past_key_values=cache,
-            use_cache=True, visual_pos_masks=is_image, deepstack_visual_embeds=list(vision.deepstack_features),
+            inputs_embeds=torch.cat([words.to(merged.dtype), merged], 1),
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            visual_pos_masks=is_image,
+            deepstack_visual_embeds=list(vision.deepstack_features),
         )
         return Encoded(out.last_hidden_state[:, start:], merged, cache, start + max(h, w), (h, w))
 
@@ -159,20 +182,33 @@ class DemoNet(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {k: v for k, v in self.vlm.state_dict().items() if k != "lm_head.weight"}  # tied to the embedding
         tensors |= {f"depth_head.{k}": v for k, v in self.head.state_dict().items()}
-        save_file({k: v.detach().to(dtype).contiguous() for k, v in tensors.items()}, folder / "model.safetensors",
-                  metadata={"format": "pt"})
+        save_file(
+            {k: v.detach().to(dtype).contiguous() for k, v in tensors.items()},
+            folder / "model.safetensors",
+            metadata={"format": "pt"},
+        )
         config = self.vlm.config.to_dict()
         text = config["text_config"]
         rope = text.pop("rope_parameters")
         # transformers 4.57 reads these two keys and 5.x reads them too; 4.57 can't read `rope_parameters`.
         text["rope_theta"] = rope.pop("rope_theta")
         text["rope_scaling"] = rope
-        config |= {"depth_head_type": "mlp", "depth_head_mlp_hidden": self.size.head_hidden,
-                   "depth_head_feature_mode": "llm_last", "depth_head_output": "exp",
-                   "architectures": ["Qwen3VLForConditionalGeneration"], "dtype": str(dtype).removeprefix("torch.")}
+        config |= {
+            "depth_head_type": "mlp",
+            "depth_head_mlp_hidden": self.size.head_hidden,
+            "depth_head_feature_mode": "llm_last",
+            "depth_head_output": "exp",
+            "architectures": ["Qwen3VLForConditionalGeneration"],
+            "dtype": str(dtype).removeprefix("torch."),
+        }
         (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-        (folder / "generation_config.json").write_text(json.dumps(
-            {"do_sample": False, "eos_token_id": text["eos_token_id"], "pad_token_id": text["pad_token_id"]}, indent=2) + "\n")
+        (folder / "generation_config.json").write_text(
+            json.dumps(
+                {"do_sample": False, "eos_token_id": text["eos_token_id"], "pad_token_id": text["pad_token_id"]},
+                indent=2,
+            )
+            + "\n"
+        )
 
 
 def _sin_cos(side: int, width: int) -> torch.Tensor:

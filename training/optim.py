@@ -13,20 +13,23 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Schedule:
-    """Learning rate: up over `warmup` steps, flat, then linearly down to 0 over the last `decay` share."""
+    """Learning rate: up over `warmup` steps, flat, then linearly down to 0 over the last `decay` share (0: not)."""
 
     steps: int
     warmup: int = 50
     decay: float = 0.4
 
     def factor(self, step: int) -> float:
-        return min(1.0, (step + 1) / self.warmup, (self.steps - step) / (self.decay * self.steps))
+        down = (self.steps - step) / (self.decay * self.steps) if self.decay else 1.0
+        return min(1.0, (step + 1) / self.warmup, down)
 
 
 class Optimizer:
     """Muon (RMS matched to AdamW, so one rate scale serves both) on hidden matrices, AdamW on everything else."""
 
-    def __init__(self, module: nn.Module, schedule: Schedule, muon_lr: float, adamw_lr: float, clip: float = 1.0) -> None:
+    def __init__(
+        self, module: nn.Module, schedule: Schedule, muon_lr: float, adamw_lr: float, clip: float = 1.0
+    ) -> None:
         self.module, self.schedule, self.clip = module, schedule, clip
         matrices, rest = [], []
         for name, p in module.named_parameters():

@@ -61,7 +61,9 @@ def _furnish(scene: Scene, rng: np.random.Generator, place, count: int) -> None:
     for _ in range(count):
         x, y = place()
         yaw = rng.uniform(0, np.pi)
-        thing = rng.choice(["crate", "table", "person", "ball", "pillar", "cabinet"], p=[0.3, 0.17, 0.18, 0.12, 0.1, 0.13])
+        thing = rng.choice(
+            ["crate", "table", "person", "ball", "pillar", "cabinet"], p=[0.3, 0.17, 0.18, 0.12, 0.1, 0.13]
+        )
         if thing == "crate":
             h = rng.choice([0.15, 0.25, 0.4]) * rng.uniform(0.9, 1.1)
             scene.add(BOX, (x, y, h), (h, h, h), yaw, pattern=PLANKS, c0=_tint(rng, (0.62, 0.43, 0.22), 0.04), size=0.1)
@@ -72,30 +74,45 @@ def _furnish(scene: Scene, rng: np.random.Generator, place, count: int) -> None:
             scene.add(CYLINDER, (x, y, 1.13), (0.23, 0.23, 0.29), c0=_tint(rng, (0.55, 0.4, 0.4), 0.2))
             scene.add(SPHERE, (x, y, 1.58), (0.14, 0.14, 0.14), c0=_tint(rng, (0.8, 0.6, 0.48), 0.06))
         elif thing == "ball":
-            scene.add(SPHERE, (x, y, 0.2), (0.2, 0.2, 0.2), pattern=CHECKER, c0=_tint(rng, (0.9, 0.45, 0.1)),
-                      c1=(0.95, 0.95, 0.95), size=0.15)
+            scene.add(
+                SPHERE,
+                (x, y, 0.2),
+                (0.2, 0.2, 0.2),
+                pattern=CHECKER,
+                c0=_tint(rng, (0.9, 0.45, 0.1)),
+                c1=(0.95, 0.95, 0.95),
+                size=0.15,
+            )
         elif thing == "pillar":
             top = 1.4 if scene.shell is None else scene.shell[5] / 2
             scene.add(CYLINDER, (x, y, top), (0.2, 0.2, top), c0=_tint(rng, (0.8, 0.8, 0.76)))
         else:
-            scene.add(BOX, (x, y, 0.95), (0.5, 0.25, 0.95), yaw, pattern=TILES, c0=_tint(rng, (0.35, 0.5, 0.5)), size=0.45)
+            scene.add(
+                BOX, (x, y, 0.95), (0.5, 0.25, 0.95), yaw, pattern=TILES, c0=_tint(rng, (0.35, 0.5, 0.5)), size=0.45
+            )
 
 
 def _interior(rng: np.random.Generator, kind: str) -> Scene:
     height = rng.uniform(2.4, 3.0)
-    wide, long = (rng.uniform(3, 8), rng.uniform(3.5, 10)) if kind == "room" else (rng.uniform(1.5, 3.0), rng.uniform(8, 26))
+    wide, long = (
+        (rng.uniform(3, 8), rng.uniform(3.5, 10)) if kind == "room" else (rng.uniform(1.5, 3.0), rng.uniform(8, 26))
+    )
     shell = np.array([-wide / 2, -long / 2, 0, wide / 2, long / 2, height], np.float32)
     light = np.array([rng.uniform(-0.3, 0.3) * wide, rng.uniform(-0.3, 0.3) * long, height - 0.25], np.float32)
     scene = Scene(kind, shell, light, rng.uniform(0.3, 0.55), 0.0, np.zeros(3, np.float32))
     wall = _tint(rng, (0.75, 0.72, 0.66), 0.1)
     for _ in range(4):
-        scene.paint(rng.choice([PLAIN, PLAIN, MOTTLED, TILES]), np.clip(wall + rng.normal(0, 0.03, 3), 0.1, 1), wall * 0.85, 1.0)
+        scene.paint(
+            rng.choice([PLAIN, PLAIN, MOTTLED, TILES]), np.clip(wall + rng.normal(0, 0.03, 3), 0.1, 1), wall * 0.85, 1.0
+        )
     floor = _tint(rng, (0.52, 0.45, 0.4), 0.12)
     pattern = rng.choice([CHECKER, TILES, PLANKS, MOTTLED], p=[0.35, 0.3, 0.25, 0.1])
     scene.paint(pattern, floor, floor * rng.uniform(0.55, 0.8), {PLANKS: 0.2, MOTTLED: 0.5}.get(pattern, 0.5))
     scene.paint(rng.choice([PLAIN, TILES]), _tint(rng, (0.88, 0.88, 0.86), 0.04), None, 0.6)
     x0, y0, _, x1, y1, _ = shell
-    for _ in range(rng.integers(2, 6 if kind == "room" else 9)):  # doors 0.9 x 2.0 m and windows 1.2 x 1.2 m in the walls
+    for _ in range(
+        rng.integers(2, 6 if kind == "room" else 9)
+    ):  # doors 0.9 x 2.0 m and windows 1.2 x 1.2 m in the walls
         side, along_x = rng.integers(2), rng.random() < wide / (wide + long)
         door = rng.random() < 0.65
         half, z = ((0.45, 1.0), 1.0) if door else ((0.6, 0.6), 1.5)
@@ -106,15 +123,23 @@ def _interior(rng: np.random.Generator, kind: str) -> Scene:
             scene.add(BOX, ((x0, x1)[side], rng.uniform(y0 + 0.6, y1 - 0.6), z), (0.04, half[0], half[1]), c0=colour)
     density = rng.integers(2, 9) if kind == "room" else rng.integers(1, 7)
     margin = 0.45
-    _furnish(scene, rng, lambda: (rng.uniform(x0 + margin, x1 - margin), rng.uniform(y0 + margin, y1 - margin)), density)
+    _furnish(
+        scene, rng, lambda: (rng.uniform(x0 + margin, x1 - margin), rng.uniform(y0 + margin, y1 - margin)), density
+    )
     return scene
 
 
 def _street(rng: np.random.Generator) -> Scene:
     azimuth, elevation = rng.uniform(0, 2 * np.pi), rng.uniform(0.4, 1.2)
     sun = 90 * np.array([np.cos(azimuth) * np.cos(elevation), np.sin(azimuth) * np.cos(elevation), np.sin(elevation)])
-    scene = Scene("street", None, sun.astype(np.float32), rng.uniform(0.35, 0.55), rng.uniform(0.002, 0.012),
-                  _tint(rng, (0.65, 0.78, 0.92), 0.06))
+    scene = Scene(
+        "street",
+        None,
+        sun.astype(np.float32),
+        rng.uniform(0.35, 0.55),
+        rng.uniform(0.002, 0.012),
+        _tint(rng, (0.65, 0.78, 0.92), 0.06),
+    )
     ground = _tint(rng, rng.choice([(0.42, 0.42, 0.43), (0.35, 0.48, 0.25), (0.55, 0.48, 0.4)]), 0.06)
     for _ in range(4):
         scene.paint(PLAIN, ground)  # the faces a street doesn't have; keeps the numbering of the shell
@@ -126,9 +151,14 @@ def _street(rng: np.random.Generator) -> Scene:
         while y < 60:
             w, d = rng.uniform(3, 8), rng.uniform(2, 5)
             if rng.random() < 0.72:
-                scene.add(BOX, (side * (half_road + d), y + w, (storeys := rng.integers(1, 5)) * 1.5),
-                          (d, w * 0.96, storeys * 1.5), pattern=TILES,
-                          c0=_tint(rng, rng.choice([(0.7, 0.5, 0.4), (0.8, 0.75, 0.65), (0.6, 0.62, 0.66)]), 0.06), size=3.0)
+                scene.add(
+                    BOX,
+                    (side * (half_road + d), y + w, (storeys := rng.integers(1, 5)) * 1.5),
+                    (d, w * 0.96, storeys * 1.5),
+                    pattern=TILES,
+                    c0=_tint(rng, rng.choice([(0.7, 0.5, 0.4), (0.8, 0.75, 0.65), (0.6, 0.62, 0.66)]), 0.06),
+                    size=3.0,
+                )
             y += 2 * w
     for _ in range(rng.integers(2, 8)):
         x, y = rng.choice([-1, 1]) * (half_road - rng.uniform(0.3, 1.2)), rng.uniform(-20, 40)
@@ -139,7 +169,9 @@ def _street(rng: np.random.Generator) -> Scene:
             scene.add(BOX, (x * 0.75, y, 1.17), (0.78, 1.1, 0.25), c0=(0.2, 0.24, 0.28))
         elif thing == "tree":
             scene.add(CYLINDER, (x, y, 1.0), (0.16, 0.16, 1.0), c0=_tint(rng, (0.35, 0.25, 0.15), 0.03))
-            scene.add(SPHERE, (x, y, 3.0), (1.3, 1.3, 1.3), pattern=MOTTLED, c0=_tint(rng, (0.2, 0.42, 0.16), 0.05), size=0.3)
+            scene.add(
+                SPHERE, (x, y, 3.0), (1.3, 1.3, 1.3), pattern=MOTTLED, c0=_tint(rng, (0.2, 0.42, 0.16), 0.05), size=0.3
+            )
         else:
             scene.add(CYLINDER, (x, y, 2.0), (0.07, 0.07, 2.0), c0=(0.3, 0.32, 0.33))
     _furnish(scene, rng, lambda: (rng.uniform(-0.9, 0.9) * half_road, rng.uniform(-12, 18)), rng.integers(1, 7))
@@ -156,7 +188,7 @@ def random_scene(rng: np.random.Generator, kind: str | None = None) -> Scene:
 
 @dataclass(frozen=True)
 class Pose:
-    """Camera in the world: position in metres, yaw (0 looks along +y, left positive), pitch (up positive), roll; radians."""
+    """Camera in the world: metres and radians; yaw 0 looks along +y, left is positive; pitch is positive upwards."""
 
     position: tuple[float, float, float]
     yaw: float
@@ -173,8 +205,9 @@ class Pose:
 
 
 def _free(scene: Scene, x: float, y: float, radius: float = 0.55) -> bool:
-    return all(np.hypot(c[0] - x, c[1] - y) > radius + np.hypot(h[0], h[1]) or c[2] - h[2] > 1.9
-               for _, c, h, _ in scene.shapes)
+    return all(
+        np.hypot(c[0] - x, c[1] - y) > radius + np.hypot(h[0], h[1]) or c[2] - h[2] > 1.9 for _, c, h, _ in scene.shapes
+    )
 
 
 def random_pose(rng: np.random.Generator, scene: Scene) -> Pose:
@@ -196,7 +229,9 @@ def random_pose(rng: np.random.Generator, scene: Scene) -> Pose:
     return Pose((x, y, rng.uniform(0.8, 1.5)), yaw, rng.normal(-0.08, 0.12), rng.normal(0, 0.025))
 
 
-def _intersect(kind: int, centre: np.ndarray, half: np.ndarray, yaw: float, origin: np.ndarray, rays: np.ndarray) -> np.ndarray:
+def _intersect(
+    kind: int, centre: np.ndarray, half: np.ndarray, yaw: float, origin: np.ndarray, rays: np.ndarray
+) -> np.ndarray:
     """Ray parameter (N,) of the first hit in front, inf where there is none. `rays` is (3, N)."""
     o = origin - centre
     dx, dy, dz = rays
@@ -257,8 +292,14 @@ def render(scene: Scene, camera: Camera, pose: Pose, supersample: int = 1) -> tu
     colour, depth = _trace(scene, camera, pose)
     if supersample > 1:
         k = supersample
-        fine = Camera(fx=camera.fx * k, fy=camera.fy * k, cx=(camera.cx + 0.5) * k - 0.5, cy=(camera.cy + 0.5) * k - 0.5,
-                      width=camera.width * k, height=camera.height * k)
+        fine = Camera(
+            fx=camera.fx * k,
+            fy=camera.fy * k,
+            cx=(camera.cx + 0.5) * k - 0.5,
+            cy=(camera.cy + 0.5) * k - 0.5,
+            width=camera.width * k,
+            height=camera.height * k,
+        )
         colour = _trace(scene, fine, pose)[0].reshape(camera.height, k, camera.width, k, 3).mean((1, 3))
     return (np.clip(colour, 0, 1) * 255 + 0.5).astype(np.uint8), depth
 
@@ -325,7 +366,9 @@ def _hash(cells: np.ndarray) -> np.ndarray:
     return ((h * 2654435761 >> 8) & 1023).astype(np.float32) / 1023
 
 
-def _albedo(scene: Scene, points: np.ndarray, normals: np.ndarray, owner: np.ndarray, footprint: np.ndarray) -> np.ndarray:
+def _albedo(
+    scene: Scene, points: np.ndarray, normals: np.ndarray, owner: np.ndarray, footprint: np.ndarray
+) -> np.ndarray:
     """Solid textures with their contrast faded where a pixel covers more than the pattern resolves."""
     pattern = np.array([m[0] for m in scene.materials])[owner]
     c0 = np.array([m[1] for m in scene.materials]).T[:, owner]
@@ -383,8 +426,9 @@ def _shade(scene, camera, position, rays, depth, owner, seen) -> np.ndarray:
     return colour
 
 
-def render_drive(frames: int, *, width: int, height: int, focal_px: float, seed: int = 0, fps: float = 5.0,
-                 supersample: int = 2) -> Iterator[tuple[np.ndarray, np.ndarray, Camera]]:
+def render_drive(
+    frames: int, *, width: int, height: int, focal_px: float, seed: int = 0, fps: float = 5.0, supersample: int = 2
+) -> Iterator[tuple[np.ndarray, np.ndarray, Camera]]:
     """A camera that drives through three scenes, one after the other, at about 0.8 m/s.
 
     Yields:
@@ -431,10 +475,12 @@ def main() -> None:
         rng = np.random.default_rng([args.seed, i])
         scene = random_scene(rng)
         image, depth = render(scene, camera, random_pose(rng, scene))
-        shade = np.nan_to_num(255 * (1 - np.log(depth / 0.3) / np.log(FAR_M / 0.3)), nan=0).clip(0, 255).astype(np.uint8)
+        shade = (
+            np.nan_to_num(255 * (1 - np.log(depth / 0.3) / np.log(FAR_M / 0.3)), nan=0).clip(0, 255).astype(np.uint8)
+        )
         rows.append(np.vstack([image, np.repeat(shade[..., None], 3, 2)]))
     columns = 4
-    sheet = np.vstack([np.hstack(rows[i:i + columns]) for i in range(0, len(rows) - columns + 1, columns)])
+    sheet = np.vstack([np.hstack(rows[i : i + columns]) for i in range(0, len(rows) - columns + 1, columns)])
     Image.fromarray(sheet).save(args.out)
     print(f"wrote {args.out}")
 

@@ -25,6 +25,7 @@ from depthlm_training.scenes import random_pose, random_scene, render
 
 SCENES = 200
 POINTS = 50  # of each scene
+MARKER_POINTS = 10  # of each scene in the marker dialect, which runs the whole network for each
 PRIOR_SCENES = 200  # training scenes the row prior is learnt on
 SIZES = ((640, 480), (800, 600), (1280, 720), (640, 400))
 
@@ -44,8 +45,14 @@ def held_out(index: int, seed: int, split: str = "held_out", points: int = POINT
     rng = scene_rng(seed, split, index)
     width, height = SIZES[rng.integers(len(SIZES))]
     focal = width / 2 / math.tan(math.radians(rng.uniform(54, 70)) / 2)
-    camera = Camera(fx=focal * rng.uniform(0.99, 1.01), fy=focal, cx=(width - 1) / 2 + rng.normal(0, width / 100),
-                    cy=(height - 1) / 2 + rng.normal(0, height / 100), width=width, height=height)
+    camera = Camera(
+        fx=focal * rng.uniform(0.99, 1.01),
+        fy=focal,
+        cx=(width - 1) / 2 + rng.normal(0, width / 100),
+        cy=(height - 1) / 2 + rng.normal(0, height / 100),
+        width=width,
+        height=height,
+    )
     scene = random_scene(rng)
     image, depth = render(scene, camera, random_pose(rng, scene))
     v, u = np.divmod(rng.choice(np.flatnonzero(np.isfinite(depth)), points), width)
@@ -62,8 +69,7 @@ def baselines(seed: int) -> tuple[list[HeldOut], dict[str, float]]:
     truth = np.concatenate([s.truth_m for s in scenes])
 
     def rows_of(items: list[HeldOut]) -> tuple[np.ndarray, np.ndarray]:
-        return (np.concatenate([s.pixels[:, 1] for s in items]),
-                np.repeat([s.camera.height for s in items], POINTS))
+        return (np.concatenate([s.pixels[:, 1] for s in items]), np.repeat([s.camera.height for s in items], POINTS))
 
     figures = {"best_constant": best_constant(truth)[1]}
     rows, heights = rows_of(known)
@@ -73,17 +79,14 @@ def baselines(seed: int) -> tuple[list[HeldOut], dict[str, float]]:
     return scenes, figures
 
 
-def score(model: str, seed: int = 0, marker_points: int = 10) -> dict:
-    """Scores every dialect that the model speaks.
-
-    Args:
-        marker_points: points of each scene in the marker dialect, which runs the whole network for each.
-    """
+def score(model: str, seed: int = 0) -> dict:
+    """Scores every dialect that the model speaks; the figures are those of the card."""
     scenes, figures = baselines(seed)
     result: dict = {"scenes": SCENES, "baselines": figures, "dialects": {}}
     with Estimator.load(model) as estimator:
+        result["parameters"] = estimator.engine.info.parameters
         for dialect in estimator.dialects:
-            count = marker_points if dialect == "marker" else POINTS
+            count = MARKER_POINTS if dialect == "marker" else POINTS
             guesses, truth, groups = [], [], []
             for i, scene in enumerate(tqdm(scenes, desc=dialect, unit="scene")):
                 answer = estimator.estimate(scene.image, scene.camera, scene.pixels[:count], dialect=dialect)
@@ -94,8 +97,12 @@ def score(model: str, seed: int = 0, marker_points: int = 10) -> dict:
             metrics = depth_metrics(guess, true)
             low, high = delta1_interval(guess, true, group)
             result["dialects"][dialect] = {
-                "delta1": metrics.delta1, "delta1_95": [low, high], "abs_rel": metrics.abs_rel, "rmse_m": metrics.rmse,
-                "answered": metrics.answered, "asked": metrics.total,
+                "delta1": metrics.delta1,
+                "delta1_95": [low, high],
+                "abs_rel": metrics.abs_rel,
+                "rmse_m": metrics.rmse,
+                "answered": metrics.answered,
+                "asked": metrics.total,
                 "above_baselines": metrics.delta1 - max(figures["best_constant"], figures["row_mean"]),
             }
     return result

@@ -1,7 +1,7 @@
 """Stage 2: the network that sees depth learns to say it, asked by text coordinates or by a drawn arrow.
 
-Only the answer is supervised (DepthLM's scripts supervise the question and a spurious header too). All questions about an
-image share its prefix, exactly as at inference: the prefix runs once, each question is a row that attends to it.
+Only the answer is supervised (DepthLM's scripts supervise the question and a spurious header too). All questions about
+an image share its prefix, exactly as at inference: the prefix runs once, each question is a row that attends to it.
 Depth maps stay in the loss, so that what stage 1 taught is not lost.
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 
 from depthlm_ros.markers import draw_arrow, drawable
 from depthlm_ros.prompts import answer_text, coordinates_question, marker_question, normalise_pixel
-from depthlm_training.data import MONITOR, SceneBank, batches
+from depthlm_training.data import MONITOR, SceneBank, make_batch
 from depthlm_training.dense import dense_delta1, dense_loss
 from depthlm_training.model import DemoNet, Encoded
 from depthlm_training.optim import Optimizer, Schedule, load_state, save_state
@@ -40,22 +39,22 @@ class TextStage:
         marked: marked images of a marker step, one question each.
         marker_every: every how many steps a marker step comes.
         whole_after: share of the steps after which answers are supervised to their end. Before, they stop after the
-            first number: attention is causal, so the first number's loss is the same and a third of the tokens is saved.
+            first number: attention is causal, so that number's loss is the same and a third of the tokens is saved.
         regression_weight: weight of the helper that reads log-depth off the state which is about to say the number.
             Digits alone say "wrong" with no direction; this says how far off.
     """
 
-    steps: int = 2500
-    images: int = 4
-    questions: int = 24
+    steps: int = 3000
+    images: int = 6
+    questions: int = 16
     marked: int = 16
     marker_every: int = 3
     whole_after: float = 0.75
     muon_lr: float = 2.5e-3
     adamw_lr: float = 1e-3
-    dense_weight: float = 0.5
+    dense_weight: float = 1.0
     probe_weight: float = 0.2
-    regression_weight: float = 0.5
+    regression_weight: float = 1.0
     save_every: int = 200
 
 
@@ -71,7 +70,9 @@ class Dialogue:
         """What follows the image in the chat template, up to where the answer begins."""
         return f"<|vision_end|>{question}<|im_end|>\n<|im_start|>assistant\n"
 
-    def rows(self, questions: list[str], depths: np.ndarray, whole: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def rows(
+        self, questions: list[str], depths: np.ndarray, whole: bool
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Ids and labels (R, L), right-padded, and (R,) the place of the state that is about to say the number."""
         texts = [answer_text(float(d)) for d in depths]
         if not whole:
@@ -85,8 +86,8 @@ class Dialogue:
         labels = torch.full((len(questions), length), IGNORED)
         before = torch.empty(len(questions), dtype=torch.long)
         for i, (a, s) in enumerate(zip(asked, said, strict=True)):
-            ids[i, :len(a) + len(s)] = torch.tensor(a + s)
-            labels[i, len(a):len(a) + len(s)] = torch.tensor(s)
+            ids[i, : len(a) + len(s)] = torch.tensor(a + s)
+            labels[i, len(a) : len(a) + len(s)] = torch.tensor(s)
             before[i] = len(a) + len(self.opening) - 1
         return ids, labels, before
 
@@ -106,7 +107,7 @@ def pick_points(depths: np.ndarray, count: int, rng: np.random.Generator, margin
     """(count, 2) pixels `(u, v)` with ground truth, uniformly; with replacement where there are few."""
     known = np.isfinite(depths) & (depths > _LEAST_M)
     if margin:
-        v, u = np.mgrid[:depths.shape[0], :depths.shape[1]]
+        v, u = np.mgrid[: depths.shape[0], : depths.shape[1]]
         known &= drawable(np.stack([u.ravel(), v.ravel()], 1), depths.shape[1], depths.shape[0]).reshape(depths.shape)
     places = np.flatnonzero(known)
     if len(places) == 0:
@@ -125,35 +126,33 @@ class Asked:
     truth_m: np.ndarray
 
 
-def ask(bank: SceneBank, stage: TextStage, seed: int, start: int) -> Iterator[Asked]:
-    """Endless training steps; step `start + k` is the same however often the run was interrupted."""
-    wide = batches(bank, stage.images, seed, start)
-    single = batches(bank, stage.marked, seed + 1, start)
-    step = start
-    while True:
-        rng = np.random.default_rng([seed, 11, step])
-        marker = step % stage.marker_every == stage.marker_every - 1
-        whole_batch, marked_batch = next(wide), next(single)
-        batch = marked_batch if marker else whole_batch
-        images, depths, questions, truth = [], [], [], []
-        for image, depth in zip(batch.images, batch.depths, strict=True):
-            points = pick_points(depth, 1 if marker else stage.questions, rng, margin=5 if marker else 0)
-            if len(points) == 0:
-                continue
-            if marker:
-                image = draw_arrow(image, tuple(points[0]))
-                questions.append(marker_question())
-            else:
-                said = normalise_pixel(points, image.shape[1], image.shape[0])
-                questions += [coordinates_question(x, y) for x, y in said.tolist()]
-            images.append(image)
-            depths.append(depth)
-            truth.append(depth[points[:, 1], points[:, 0]])
-        yield Asked(torch.from_numpy(np.stack(images)), torch.from_numpy(np.stack(depths)), questions, np.concatenate(truth))
-        step += 1
+def ask(bank: SceneBank, stage: TextStage, seed: int, step: int) -> Asked:
+    """What is asked in a step: the same however often the run was interrupted."""
+    rng = np.random.default_rng([seed, 11, step])
+    marker = step % stage.marker_every == stage.marker_every - 1
+    batch = make_batch(bank, stage.marked if marker else stage.images, seed + 1, step)
+    images, depths, questions, truth = [], [], [], []
+    for image, depth in zip(batch.images, batch.depths, strict=True):
+        points = pick_points(depth, 1 if marker else stage.questions, rng, margin=5 if marker else 0)
+        if len(points) == 0:
+            continue
+        if marker:
+            image = draw_arrow(image, tuple(points[0]))
+            questions.append(marker_question())
+        else:
+            said = normalise_pixel(points, image.shape[1], image.shape[0])
+            questions += [coordinates_question(x, y) for x, y in said.tolist()]
+        images.append(image)
+        depths.append(depth)
+        truth.append(depth[points[:, 1], points[:, 0]])
+    return Asked(
+        torch.from_numpy(np.stack(images)), torch.from_numpy(np.stack(depths)), questions, np.concatenate(truth)
+    )
 
 
-def text_loss(net: DemoNet, regressor: nn.Linear, encoded: Encoded, rows, truth_m: np.ndarray, weight: float) -> torch.Tensor:
+def text_loss(
+    net: DemoNet, regressor: nn.Linear, encoded: Encoded, rows, truth_m: np.ndarray, weight: float
+) -> torch.Tensor:
     """Cross entropy of the answers' tokens, plus the regression helper's error of log-depth."""
     ids, labels, before = rows
     states = answer_states(net, encoded, ids)
@@ -166,7 +165,9 @@ def text_loss(net: DemoNet, regressor: nn.Linear, encoded: Encoded, rows, truth_
 
 
 @torch.no_grad()
-def text_delta1(net: DemoNet, dialogue: Dialogue, bank: SceneBank, marker: bool, scenes: int = 128, each: int = 4) -> float:
+def text_delta1(
+    net: DemoNet, dialogue: Dialogue, bank: SceneBank, marker: bool, scenes: int = 128, each: int = 4
+) -> float:
     """δ1 of greedily said first numbers on monitor scenes; a row that says no number counts as wrong."""
     rng = np.random.default_rng(5)
     good = total = 0
@@ -177,8 +178,11 @@ def text_delta1(net: DemoNet, dialogue: Dialogue, bank: SceneBank, marker: bool,
             image, depth = image[:, 16:272], depth[:, 16:272].astype(np.float32)
             points = pick_points(depth, each, rng, margin=5)
             images.append(draw_arrow(image, tuple(points[0])) if marker else image)
-            questions += [marker_question()] if marker else [
-                coordinates_question(x, y) for x, y in normalise_pixel(points, 256, 192).tolist()]
+            questions += (
+                [marker_question()]
+                if marker
+                else [coordinates_question(x, y) for x, y in normalise_pixel(points, 256, 192).tolist()]
+            )
             truth.append(depth[points[:, 1], points[:, 0]])
         with torch.autocast("cpu", torch.bfloat16):
             said = _say(net, dialogue, net.encode(torch.from_numpy(np.stack(images))), questions)
@@ -195,11 +199,13 @@ def _say(net: DemoNet, dialogue: Dialogue, encoded: Encoded, questions: list[str
     encoded.cache.batch_repeat_interleave(len(questions) // encoded.states.shape[0])
     names = dialogue.digits | {dialogue.tokenizer.convert_tokens_to_ids("."): "."}
     for _ in range(5):
-        ids = nn.utils.rnn.pad_sequence([torch.tensor(r) for r in rows], batch_first=True,
-                                        padding_value=dialogue.tokenizer.pad_token_id)
+        ids = nn.utils.rnn.pad_sequence(
+            [torch.tensor(r) for r in rows], batch_first=True, padding_value=dialogue.tokenizer.pad_token_id
+        )
         positions = (encoded.next_position + torch.arange(ids.shape[1])).expand(3, ids.shape[0], -1)
-        states = net.vlm.model.language_model(input_ids=ids, position_ids=positions, past_key_values=encoded.cache,
-                                              use_cache=True).last_hidden_state
+        states = net.vlm.model.language_model(
+            input_ids=ids, position_ids=positions, past_key_values=encoded.cache, use_cache=True
+        ).last_hidden_state
         encoded.cache.crop(-ids.shape[1])
         last = torch.tensor([len(r) - 1 for r in rows])
         for i, token in enumerate(net.vlm.lm_head(states[torch.arange(len(rows)), last]).argmax(-1).tolist()):
@@ -209,7 +215,9 @@ def _say(net: DemoNet, dialogue: Dialogue, encoded: Encoded, questions: list[str
     return np.array([float(n) if n.replace(".", "", 1).isdigit() else np.nan for n in numbers])
 
 
-def train_text(net: DemoNet, tokenizer: PreTrainedTokenizerFast, bank: SceneBank, stage: TextStage, run: Path, seed: int) -> None:
+def train_text(
+    net: DemoNet, tokenizer: PreTrainedTokenizerFast, bank: SceneBank, stage: TextStage, run: Path, seed: int
+) -> None:
     """Runs or resumes stage 2; `run/text.safetensors` holds its state, `run/text.jsonl` its course."""
     state = run / "text.safetensors"
     regressor = nn.Linear(net.size.hidden, 1)
@@ -217,12 +225,14 @@ def train_text(net: DemoNet, tokenizer: PreTrainedTokenizerFast, bank: SceneBank
     optimizer = Optimizer(whole, Schedule(stage.steps), stage.muon_lr, stage.adamw_lr)
     done = load_state(state, whole, optimizer) if state.exists() else 0
     dialogue = Dialogue(tokenizer)
-    source = ask(bank, stage, seed, done)
     run.mkdir(parents=True, exist_ok=True)
     losses, began = [], time.time()
-    with (run / "text.jsonl").open("a") as log, tqdm(total=stage.steps, initial=done, desc="text", mininterval=5) as bar:
+    with (
+        (run / "text.jsonl").open("a") as log,
+        tqdm(total=stage.steps, initial=done, desc="text", mininterval=5) as bar,
+    ):
         for step in range(done, stage.steps):
-            asked = next(source)
+            asked = ask(bank, stage, seed, step)
             rows = dialogue.rows(asked.questions, asked.truth_m, whole=step >= stage.whole_after * stage.steps)
             with torch.autocast("cpu", torch.bfloat16):
                 encoded = net.encode(asked.images)
@@ -234,10 +244,17 @@ def train_text(net: DemoNet, tokenizer: PreTrainedTokenizerFast, bank: SceneBank
             bar.update()
             if (step + 1) % stage.save_every == 0 or step + 1 == stage.steps:
                 save_state(state, whole, optimizer, step + 1)
-                row = {"step": step + 1, "loss": float(np.mean(losses)), "seconds": time.time() - began,
-                       "coordinates": text_delta1(net, dialogue, bank, marker=False),
-                       "marker": text_delta1(net, dialogue, bank, marker=True), "dense": dense_delta1(net, bank)}
+                row = {
+                    "step": step + 1,
+                    "loss": float(np.mean(losses)),
+                    "seconds": time.time() - began,
+                    "coordinates": text_delta1(net, dialogue, bank, marker=False),
+                    "marker": text_delta1(net, dialogue, bank, marker=True),
+                    "dense": dense_delta1(net, bank),
+                }
                 losses.clear()
                 log.write(json.dumps(row) + "\n")
                 log.flush()
-                bar.set_postfix({k: f"{v:.3f}" for k, v in row.items() if k in ("loss", "coordinates", "marker", "dense")})
+                bar.set_postfix(
+                    {k: f"{v:.3f}" for k, v in row.items() if k in ("loss", "coordinates", "marker", "dense")}
+                )

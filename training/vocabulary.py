@@ -16,8 +16,15 @@ from transformers import PreTrainedTokenizerFast
 from depthlm_ros.prompts import SYSTEM_TEXT, answer_text, coordinates_question, dense_question, marker_question
 
 # Qwen's names, so that stock processors and servers find the tokens they look for.
-SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
-           "<|video_pad|>")
+SPECIAL = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
@@ -25,31 +32,75 @@ CHAT_TEMPLATE = (
     "{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-WORDS = ("yes", "no", "near", "far", "left", "right", "above", "below", "room", "corridor", "street", "wall", "floor",
-         "door", "window", "person", "ball", "crate", "table", "pillar", "cabinet", "car", "tree", "building")
+WORDS = (
+    "yes",
+    "no",
+    "near",
+    "far",
+    "left",
+    "right",
+    "above",
+    "below",
+    "room",
+    "corridor",
+    "street",
+    "wall",
+    "floor",
+    "door",
+    "window",
+    "person",
+    "ball",
+    "crate",
+    "table",
+    "pillar",
+    "cabinet",
+    "car",
+    "tree",
+    "building",
+)
 
 
 def corpus() -> list[str]:
     """Every sentence that the dialects are made of, with the seams where tokens end."""
-    texts = [marker_question(), coordinates_question(1, 1), dense_question(), answer_text(1.0), "user\n", "assistant\n",
-             "system\n", SYSTEM_TEXT, "\n"]
+    texts = [
+        marker_question(),
+        coordinates_question(1, 1),
+        dense_question(),
+        answer_text(1.0),
+        "user\n",
+        "assistant\n",
+        "system\n",
+        SYSTEM_TEXT,
+        "\n",
+    ]
     return texts * 20 + [f" {w}" for w in WORDS] * 2
 
 
 def build_tokenizer(vocab_size: int = 1024) -> PreTrainedTokenizerFast:
     """Trains the tokenizer; deterministic."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(r"\d"), behavior="isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(r"\d"), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[AddedToken(s, special=True) for s in SPECIAL],
-                                  initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[AddedToken(s, special=True) for s in SPECIAL],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
     tokenizer.train_from_iterator(corpus(), trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>",
-                                   chat_template=CHAT_TEMPLATE, model_max_length=4096,
-                                   clean_up_tokenization_spaces=False)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        chat_template=CHAT_TEMPLATE,
+        model_max_length=4096,
+        clean_up_tokenization_spaces=False,
+    )
 
 
 def save_processor(folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -58,10 +109,20 @@ def save_processor(folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     # Qwen3-VL's own least size, 65,536 pixels, would blow up the demo's 256 x 192 and change its focal length.
     size = {"shortest_edge": 4_096, "longest_edge": 1_048_576}
     image = {
-        "image_processor_type": "Qwen2VLImageProcessorFast", "processor_class": "Qwen3VLProcessor",
-        "do_convert_rgb": True, "do_normalize": True, "do_rescale": True, "do_resize": True,
-        "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5], "rescale_factor": 1 / 255, "resample": 3,
-        "patch_size": 16, "merge_size": 2, "temporal_patch_size": 2, "size": size,
+        "image_processor_type": "Qwen2VLImageProcessorFast",
+        "processor_class": "Qwen3VLProcessor",
+        "do_convert_rgb": True,
+        "do_normalize": True,
+        "do_rescale": True,
+        "do_resize": True,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+        "rescale_factor": 1 / 255,
+        "resample": 3,
+        "patch_size": 16,
+        "merge_size": 2,
+        "temporal_patch_size": 2,
+        "size": size,
     }
     video = {**image, "video_processor_type": "Qwen3VLVideoProcessor"}
     del video["image_processor_type"]
