@@ -12,7 +12,8 @@ from depthlm_ros import config
 from depthlm_ros.errors import CameraError, DepthLMError, ImageError, MissingDependencyError
 
 MODEL_SETTINGS = ("model", "dialect", "policy", "device", "dtype", "batch_size")
-PIXEL_SETTINGS = ("points", "stride", "sampling", "max_depth_m", "min_confidence")
+PIXEL_SETTINGS = ("points", "stride", "sampling")
+FILTERS = ("max_depth_m", "min_confidence")
 RESULTS = Path("results/latest")
 
 
@@ -74,7 +75,7 @@ def _add_estimate(commands) -> None:
     camera.add_argument("--cy", type=float, help="row of the principal point; default: the image centre")
     camera.add_argument("--fov-deg", type=float, help="horizontal field of view in degrees, instead of --fx")
     config.add_arguments(parser.add_argument_group("model"), MODEL_SETTINGS)
-    config.add_arguments(parser.add_argument_group("pixels"), PIXEL_SETTINGS)
+    config.add_arguments(parser.add_argument_group("pixels"), (*PIXEL_SETTINGS, *FILTERS))
     parser.set_defaults(run=_estimate)
 
 
@@ -389,6 +390,7 @@ def _from_images(arguments: argparse.Namespace) -> int:
         arguments.labels, images=arguments.images, depths=arguments.depths, depth_kind=arguments.depth_kind
     )
     notes: dict[str, None] = {}
+    assumed = {"assumed": "; ".join(rows[0].notes)} if rows[0].notes else {}
 
     def frames() -> Iterator[RecordedFrame]:
         for index, row in enumerate(progress(rows, len(rows), "record")):
@@ -401,7 +403,7 @@ def _from_images(arguments: argparse.Namespace) -> int:
         frames(),
         compression=arguments.compressed,
         depth_bits=arguments.depth_bits,
-        notes={"source": f"{arguments.labels.name}, {rows.schema} schema"},
+        notes={"source": f"{arguments.labels.name}, {rows.schema} schema", **assumed},
     )
     for note in notes:
         print(f"note: {note}")

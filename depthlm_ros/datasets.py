@@ -145,8 +145,7 @@ class LabelledImages:
         fx = float(row["original_fx"]) * width / original_width
         camera = Camera(fx, fx, (width - 1) / 2, (height - 1) / 2, width, height)
         notes = (
-            f"fy, cx and cy are absent from the row: fy = fx = {fx:.2f} px and the principal point is the image "
-            f"centre ({camera.cx:.1f}, {camera.cy:.1f})",
+            "fy, cx and cy are absent from the labels: assumed fy = fx and the principal point in the image centre",
         )
         depth_map = self._depth_map(row, where)
         map_height, map_width = depth_map.shape

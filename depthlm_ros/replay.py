@@ -14,19 +14,21 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import yaml
 
 from depthlm_ros.bags import BagInfo, RecordedFrame, bag_info, read_frames
+from depthlm_ros.cards import load_card
 from depthlm_ros.config import NODE_NAME, Parameters
 from depthlm_ros.encodings import decode_depth
 from depthlm_ros.errors import BagError, EngineError, MissingDependencyError
 from depthlm_ros.evaluate import DENSE_SHARE, AnsweredFrame, Run, Tally, machine, progress
 from depthlm_ros.messages import header_stamp_ns, read_cloud
 from depthlm_ros.middleware import use_large_message_profile
+from depthlm_ros.queries import plan_query
 
 # Above 101 the ports of a domain (7400 + 250 * domain) run into those that Linux hands out itself.
 _DOMAINS = range(1, 101)
@@ -35,6 +37,7 @@ _MOST_POINTS = 700_000
 _POLL_S = 0.02
 # The depth image follows its cloud at once, if the node knew that it is wanted.
 _GRACE_S = 1.0
+_FATES = ("processed", "dropped", "failed")
 
 
 @dataclass(frozen=True)
@@ -77,9 +80,9 @@ def replay(bag: str | Path, settings: dict, options: ReplayOptions | None = None
     first = next(read_frames(bag, options.topic), None)
     if first is None:
         raise BagError(f"{bag} holds no image on {info.image_topic}; record one or name another with --topic")
-    parameters = Parameters.from_mapping(
-        {**_sensible(first, info, settings), **settings, "compressed": info.compressed}
-    )
+    parameters = Parameters.from_mapping({**_sensible(first, settings), **settings, "compressed": info.compressed})
+    # The node resolves an empty dialect the same way; with it, what was asked and not answered can be told.
+    dialect = load_card(parameters.model)[0].require_dialect(parameters.dialect or None)
     total = min(options.frames or sys.maxsize, info.count(info.image_topic))
     tally = Tally(total, match_px=options.match_px)
     with _own_world(Path(log_folder)), _node_process(parameters, info, options, Path(log_folder)) as process:
@@ -88,12 +91,12 @@ def replay(bag: str | Path, settings: dict, options: ReplayOptions | None = None
             frames = (frame for frame, _ in zip(read_frames(bag, options.topic), range(total), strict=False))
             play = _in_lockstep if options.rate is None else _in_real_time
             for frame in play(player, progress(frames, total, "replay"), options):
-                tally.add(frame)
+                tally.add(_with_unanswered(frame, parameters, dialect))
             player.wait_for_report()
             return _run(info, tally, player, options, parameters)
 
 
-def _sensible(first: RecordedFrame, info: BagInfo, settings: dict) -> dict:
+def _sensible(first: RecordedFrame, settings: dict) -> dict:
     """Where truth is a few labels, asks every pixel (as far as a message carries), so that each label is compared."""
     if first.truth_m is None or "stride" in settings or np.isfinite(first.truth_m).mean() >= DENSE_SHARE:
         return {}
@@ -242,6 +245,10 @@ class _Player:
         """A counter of the node's last report, 0 before the first."""
         return int(self.report.get(name, 0))
 
+    def idle(self) -> bool:
+        """Whether the node's last report accounts for every frame that reached it."""
+        return self.count("frames received") == sum(self.count(f"frames {fate}") for fate in _FATES)
+
     def spin(self, seconds: float = _POLL_S) -> None:
         """Handles what arrived.
 
@@ -311,6 +318,10 @@ def _in_lockstep(player: _Player, frames: Iterator[RecordedFrame], options: Repl
 def _in_real_time(player: _Player, frames: Iterator[RecordedFrame], options: ReplayOptions) -> Iterator[AnsweredFrame]:
     """Sends the images when they are due, whatever the node is doing, and yields the answered ones."""
     open_frames: dict[int, tuple[int, RecordedFrame, float]] = {}
+    # The node may know of our publishers a moment later than we know of it, and best effort doesn't repeat itself.
+    settled_s = time.monotonic() + _GRACE_S
+    while time.monotonic() < settled_s:
+        player.spin()
     started_s, first_ns = time.perf_counter(), None
     for index, recorded in enumerate(frames):
         first_ns = recorded.frame.stamp_ns if first_ns is None else first_ns
@@ -319,12 +330,12 @@ def _in_real_time(player: _Player, frames: Iterator[RecordedFrame], options: Rep
             player.spin(min(left, _POLL_S))
         open_frames[recorded.frame.stamp_ns] = index, recorded, player.publish(recorded)
         yield from _collected(player, open_frames)
-    deadline = time.monotonic() + options.timeout_s
+    deadline, reports = time.monotonic() + options.timeout_s, player.reports
     while open_frames and time.monotonic() < deadline:
         player.spin()
         yield from _collected(player, open_frames)
-        settled = player.count("frames processed") + player.count("frames dropped") + player.count("frames failed")
-        if settled >= player.sent and not player.clouds.keys() & open_frames.keys():
+        # A report from after the last image in which nothing is in work: what is still open will never come.
+        if player.reports >= reports + 2 and player.idle() and not player.clouds.keys() & open_frames.keys():
             break
 
 
@@ -351,6 +362,26 @@ def _answered(player: _Player, recorded: RecordedFrame, index: int, sent_s: floa
     )
 
 
+def _with_unanswered(frame: AnsweredFrame, parameters: Parameters, dialect: str) -> AnsweredFrame:
+    """Adds the pixels that were asked but have no point in the cloud, so that they count as wrong.
+
+    A list cloud holds answers only; which pixels were asked follows from the parameters. Points that a filter of
+    the node removed on purpose are no missing answers.
+    """
+    if parameters.max_depth_m or parameters.min_confidence:
+        return frame
+    height, width = frame.image.shape[:2]
+    asked = plan_query(parameters, dialect, width, height, whole=False).pixels.astype(int)
+    at = np.rint(frame.pixels).astype(int)
+    missing = asked[~np.isin(asked[:, 1] * width + asked[:, 0], at[:, 1] * width + at[:, 0])]
+    return replace(
+        frame,
+        pixels=np.concatenate([frame.pixels, missing]),
+        depth_m=np.concatenate([frame.depth_m, np.full(len(missing), np.nan, np.float32)]),
+        confidence=np.concatenate([frame.confidence, np.zeros(len(missing), np.float32)]),
+    )
+
+
 def _run(info: BagInfo, tally: Tally, player: _Player, options: ReplayOptions, parameters: Parameters) -> Run:
     asked, unanswered = player.count("points asked"), player.count("points unanswered")
     figures = {
@@ -358,6 +389,7 @@ def _run(info: BagInfo, tally: Tally, player: _Player, options: ReplayOptions, p
         "frames_answered": len(tally.frames),
         "frames_dropped": player.sent - len(tally.frames),
         "frames_dropped_by_node": player.count("frames dropped"),
+        "frames_lost_before_node": player.sent - player.count("frames received"),
         "frames_failed": player.count("frames failed"),
         "points": sum(frame["points"] for frame in tally.frames),
         "pixels_asked": asked,

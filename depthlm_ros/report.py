@@ -15,6 +15,8 @@ from depthlm_ros.overlay import depth_range, overlay
 from depthlm_ros.ply import write_ply
 
 PANEL_WIDTH = 320
+# More dots than this would hide the picture under them.
+MOST_DOTS = 5000
 _STYLE = """
 :root{color-scheme:light dark;--ink:#1c2330;--soft:#667085;--paper:#fbfbf9;--card:#fff;--line:#e4e4de;--good:#1f8a70;
 --bad:#d1495b;--muted:#a3a9b5;--band:#1f8a7018;--track:#eeeee9}
@@ -100,7 +102,7 @@ def summary(run: Run) -> str:
             f"  compared      {scores['compared']} of {scores['labels']} true depths",
         ]
     else:
-        lines.append("  no ground truth to compare with")
+        lines.append("  nothing to score: no true depth at any asked pixel")
     lines.append(f"  points/s      {figures['points_per_second']:.0f}")
     if "frames_sent" in figures:
         lines.append(
@@ -235,10 +237,14 @@ def _time_section(run: Run) -> str:
 def _panels(frame: AnsweredFrame) -> list[tuple[str, np.ndarray]]:
     near_m, far_m = _scale(frame)
     predicted = frame.depth_map_m if frame.depth_map_m is not None else _as_map(frame)
-    asked = overlay(frame.image, frame.pixels, frame.depth_m, near_m=near_m, far_m=far_m)
+    shown = np.arange(len(frame.pixels))
+    if len(shown) > MOST_DOTS:
+        shown = np.random.default_rng(0).choice(shown, MOST_DOTS, replace=False)
+    asked = overlay(frame.image, frame.pixels[shown], frame.depth_m[shown], near_m=near_m, far_m=far_m)
+    caption = "asked pixels" if len(shown) == len(frame.pixels) else f"{MOST_DOTS} of {len(frame.pixels)} asked pixels"
     panels = [
         ("input", frame.image),
-        ("asked pixels, coloured by depth", asked),
+        (f"{caption}, coloured by depth", asked),
         ("predicted depth", charts.paint_depth(predicted, frame.image, near_m, far_m)),
     ]
     if frame.truth_m is not None:
