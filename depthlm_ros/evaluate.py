@@ -219,6 +219,15 @@ class Run:
     notes: tuple[str, ...] = ()
 
 
+def dialect_notes(dialect: str) -> tuple[str, ...]:
+    """What a reader of the figures has to know about a dialect."""
+    if dialect != "dense":
+        return ()
+    return (
+        "dense dialect: points are pixels of one map a frame, so points a second says more of the stride than of speed",
+    )
+
+
 def progress(items: Iterable[Item], total: int, what: str) -> Iterator[Item]:
     """A progress bar on standard error; silent where that is not a terminal."""
     return iter(tqdm(items, total=total, desc=what, unit="frame", disable=None, dynamic_ncols=True))
@@ -347,4 +356,10 @@ def evaluate(
         "dtype": info.dtype,
         **machine(),
     }
-    return Run(f"Evaluation on {source.name}", tally, figures, environment, (*notes, *estimator.describe()))
+    return Run(
+        f"Evaluation on {source.name}",
+        tally,
+        figures,
+        environment,
+        (*notes, *dialect_notes(dialect), *estimator.describe()),
+    )

@@ -25,7 +25,7 @@ from depthlm_ros.cards import load_card
 from depthlm_ros.config import NODE_NAME, Parameters
 from depthlm_ros.encodings import decode_depth
 from depthlm_ros.errors import BagError, EngineError, MissingDependencyError
-from depthlm_ros.evaluate import DENSE_SHARE, AnsweredFrame, Run, Tally, machine, progress
+from depthlm_ros.evaluate import DENSE_SHARE, AnsweredFrame, Run, Tally, dialect_notes, machine, progress
 from depthlm_ros.messages import header_stamp_ns, read_cloud
 from depthlm_ros.middleware import use_large_message_profile
 from depthlm_ros.queries import plan_query
@@ -93,7 +93,7 @@ def replay(bag: str | Path, settings: dict, options: ReplayOptions | None = None
             for frame in play(player, progress(frames, total, "replay"), options):
                 tally.add(_with_unanswered(frame, parameters, dialect))
             player.wait_for_report()
-            return _run(info, tally, player, options, parameters)
+            return _run(info, tally, player, options, parameters, dialect)
 
 
 def _sensible(first: RecordedFrame, settings: dict) -> dict:
@@ -382,7 +382,9 @@ def _with_unanswered(frame: AnsweredFrame, parameters: Parameters, dialect: str)
     )
 
 
-def _run(info: BagInfo, tally: Tally, player: _Player, options: ReplayOptions, parameters: Parameters) -> Run:
+def _run(
+    info: BagInfo, tally: Tally, player: _Player, options: ReplayOptions, parameters: Parameters, dialect: str
+) -> Run:
     asked, unanswered = player.count("points asked"), player.count("points unanswered")
     figures = {
         "frames_sent": player.sent,
@@ -402,7 +404,7 @@ def _run(info: BagInfo, tally: Tally, player: _Player, options: ReplayOptions, p
     environment["mode"] = "lockstep" if options.rate is None else f"real time, {options.rate:g} times recorded speed"
     changed = {s: getattr(parameters, s) for s in ("points", "stride", "sampling")}
     environment["pixels"] = ", ".join(f"{name} {value}" for name, value in changed.items())
-    notes = [f"{key}: {value}" for key, value in info.notes.items()]
+    notes = [*(f"{key}: {value}" for key, value in info.notes.items()), *dialect_notes(dialect)]
     if info.truth_topic is None:
         notes.append("the recording has no ground truth, so nothing is scored")
     if report.get("last error"):

@@ -98,7 +98,7 @@ def summary(run: Run) -> str:
             f"  baselines     best constant {baselines['best_constant']['delta1']:.3f}, "
             f"row prior {baselines['row_prior']['delta1']:.3f} (oracles, fitted to these very points)",
             f"  AbsRel        {_number(depth['abs_rel'])}",
-            f"  RMSE          {_number(depth['rmse'])} m",
+            f"  RMSE, m       {_number(depth['rmse'])}",
             f"  compared      {scores['compared']} of {scores['labels']} true depths",
         ]
     else:
@@ -178,7 +178,7 @@ def _cards(run: Run, scores: dict) -> str:
     if scores:
         depth = scores["depth"]
         cards += [(_short(depth["delta1"]), "δ1, within a factor 1.25"), (_short(depth["abs_rel"]), "AbsRel")]
-        cards += [(f"{_short(depth['rmse'])} m", "RMSE")]
+        cards += [(_short(depth["rmse"]), "RMSE, m")]
     cards.append((f"{figures['points_per_second']:,.0f}".replace(",", "\u202f"), "points a second"))
     if "frames_sent" in figures:
         cards.append((f"{figures['frames_answered']} / {figures['frames_sent']}", "frames answered / sent"))
