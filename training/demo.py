@@ -112,7 +112,7 @@ ROW = "| {} | {:.3f} ({:.3f} to {:.3f}) | {:+.3f} | {:.3f} | {:.2f} | {} of {} |
 
 
 def write_card(recipe: Recipe, run: Path, out: Path, figures: dict) -> None:
-    """Writes the folder's README (the card for people) and `scores.json` from what was measured."""
+    """Writes what was measured: the folder's README (the card for people), `scores.json`, the scores of its YAML card."""
     columns = ("delta1", "low", "high", "above_baselines", "abs_rel", "rmse_m", "answered", "asked")
     rows = []
     for name, scores in figures["dialects"].items():
@@ -133,6 +133,12 @@ def write_card(recipe: Recipe, run: Path, out: Path, figures: dict) -> None:
     )
     (out / "README.md").write_text(card, encoding="utf-8")
     (out / "scores.json").write_text(json.dumps(figures | {"recipe": asdict(recipe)}, indent=2) + "\n")
+    for_program = out.with_suffix(".yaml")
+    if for_program.exists():
+        head = for_program.read_text(encoding="utf-8").partition("\nscores:")[0]
+        lines = [f"  {name}: {scores['delta1']:.3f}" for name, scores in figures["dialects"].items()]
+        source = f"  source: delta1 on {SCENES} held-out rendered scenes, {out.name}/README.md"
+        for_program.write_text("\n".join([head, "scores:", *lines, source]) + "\n", encoding="utf-8")
 
 
 def main() -> None:
