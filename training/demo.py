@@ -112,7 +112,7 @@ ROW = "| {} | {:.3f} ({:.3f} to {:.3f}) | {:+.3f} | {:.3f} | {:.2f} | {} of {} |
 
 
 def write_card(recipe: Recipe, run: Path, out: Path, figures: dict) -> None:
-    """Writes what was measured: the folder's README (the card for people), `scores.json`, the scores of its YAML card."""
+    """Writes what was measured: the folder's README (for people), `scores.json`, the scores of its YAML card."""
     columns = ("delta1", "low", "high", "above_baselines", "abs_rel", "rmse_m", "answered", "asked")
     rows = []
     for name, scores in figures["dialects"].items():
