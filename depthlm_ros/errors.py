@@ -50,7 +50,11 @@ class ModelError(DepthLMError):
 
 
 class DialectError(ModelError):
-    """A dialect that the model doesn't speak."""
+    """A dialect that the model doesn't speak, or a task that it wasn't trained for."""
+
+
+class LicenceError(ModelError):
+    """A use that the licence of a model forbids."""
 
 
 class EngineError(DepthLMError):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from depthlm_ros.errors import ModelError
 
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _DEPTH_HEAD = "depth_head."
+_BLOCK = 1 << 22
 
 
 def folder_config(folder: Path) -> dict[str, Any]:
@@ -70,13 +73,44 @@ def check_weights(folder: Path) -> None:
             )
 
 
-def has_depth_head(folder: Path) -> bool:
-    """Whether a tensor's name starts with `depth_head.` (DepthVLM's keys), read from the files' headers alone.
+def depth_head(folder: Path) -> str | None:
+    """Which depth head lies in a folder, from the names in the files' headers alone: "dpt", "mlp" or None.
+
+    DepthVLM's keys start with `depth_head.`; those of its two-layer head go on with `mlp.`.
 
     Raises:
         ModelError: a file that isn't safetensors, such as a git-lfs pointer, or a truncated one.
     """
-    return any(name.startswith(_DEPTH_HEAD) for path in folder.glob("*.safetensors") for name in _tensor_names(path))
+    names = [name for path in folder.glob("*.safetensors") for name in _tensor_names(path)]
+    own = [name for name in names if name.startswith(_DEPTH_HEAD)]
+    if not own:
+        return None
+    return "mlp" if any(name.startswith(f"{_DEPTH_HEAD}mlp.") for name in own) else "dpt"
+
+
+def check_sha256(folder: Path, digests: Mapping[str, str]) -> None:
+    """Makes sure that files are the very ones a card names.
+
+    Args:
+        folder: of the checkpoint.
+        digests: file name to SHA-256 in hex.
+
+    Raises:
+        ModelError: a file is absent or another one.
+    """
+    for name, wanted in digests.items():
+        path = folder / name
+        if not path.is_file():
+            raise ModelError(f"{folder} lacks {name}, whose sha256 its card names; fetch the model again")
+        digest = hashlib.sha256()
+        with path.open("rb") as file:
+            while block := file.read(_BLOCK):
+                digest.update(block)
+        if digest.hexdigest() != wanted:
+            raise ModelError(
+                f"{path} has sha256 {digest.hexdigest()} but its card says {wanted}; fetch the file again, or correct "
+                "the card where the weights were changed on purpose"
+            )
 
 
 def _tensor_names(path: Path) -> list[str]:

@@ -13,8 +13,9 @@ import yaml
 from safetensors.numpy import save_file
 
 from depthlm_ros import cards
-from depthlm_ros.cards import ModelCard, load_card, models_dir, read_card, shipped_cards
+from depthlm_ros.cards import load_card, models_dir, shipped_cards
 from depthlm_ros.errors import ConfigError, DialectError, ModelError
+from depthlm_ros.modelcard import ModelCard, read_card
 
 CARD = {
     "name": "toy",
@@ -225,7 +226,7 @@ def test_a_card_that_contradicts_its_folder_is_refused(models):
     ("config", "tensor", "dialect", "focal_px", "policy", "kind", "system_text"),
     [
         ({"model_type": "qwen3_vl"}, "lm_head.weight", "coordinates", 1000, "published", "euclidean", None),
-        ({"model_type": "qwen3_vl"}, "depth_head.norm.weight", "dense", 1000, "exact", "z",
+        ({"model_type": "qwen3_vl"}, "depth_head.norm.weight", "dense", 1000, "published", "z",
          "You are a helpful assistant."),
         ({"model_type": "qwen2_5_vl"}, "lm_head.weight", "marker", 1000, "published", "euclidean",
          "You are a helpful assistant."),
