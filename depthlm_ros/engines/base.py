@@ -79,6 +79,9 @@ class Engine(Protocol):
     def answer_shared(self, image: np.ndarray, questions: Sequence[str], max_new_tokens: int) -> list[Answer]:
         """Answers many questions about one (H, W, 3) uint8 RGB image, encoded once."""
 
+    def answer_about(self, images: Sequence[np.ndarray], questions: Sequence[str], max_new_tokens: int) -> list[Answer]:
+        """Answers many questions about the same images of any sizes, shown in this order and encoded once."""
+
     def answer_each(self, images: Sequence[np.ndarray], questions: Sequence[str], max_new_tokens: int) -> list[Answer]:
         """Answers question i about image i."""
 

@@ -59,7 +59,7 @@ class PromptProcessor:
         pixtral = checkpoint.architecture == "llava"
         self._image_processor = _load(PixtralImageProcessorPil if pixtral else Qwen2VLImageProcessorPil, folder)
         self._template = _chat_template(folder) or self.tokenizer.chat_template
-        self._system_text = system_text
+        self._set_system(system_text)
         if pixtral:
             self._read_pixtral(folder, config)
         else:
@@ -89,41 +89,66 @@ class PromptProcessor:
         names = self._image_processor.model_input_names
         return ImageInputs({name: tensors[name] for name in names}, self._tokens_hw(tensors), len(images))
 
-    def prompts(self, questions: Sequence[str], grid_hw: tuple[int, int]) -> list[list[int]]:
+    def prompts(self, questions: Sequence[str], *grids_hw: tuple[int, int]) -> list[list[int]]:
         """Token ids of the whole prompt for each question: header, image tokens, question, answer header.
 
         Args:
-            questions: texts that follow the image.
-            grid_hw: `ImageInputs.grid_hw`.
+            questions: texts that follow the images.
+            grids_hw: `ImageInputs.grid_hw` of each image, in their order.
+
+        Raises:
+            EngineError: the prompt hasn't one placeholder for each image.
         """
-        texts = [self._chat_text(question) for question in questions]
+        texts = [self._chat_text(question, len(grids_hw)) for question in questions]
         bos = self.tokenizer.bos_token
         encoded = self.tokenizer(texts, add_special_tokens=not (bos and texts[0].startswith(bos)))["input_ids"]
-        placeholders = self._placeholders(grid_hw)
+        placeholders = [self._placeholders(grid_hw) for grid_hw in grids_hw]
         return [self._expand(ids, placeholders) for ids in encoded]
 
-    def expanded_text(self, question: str, grid_hw: tuple[int, int]) -> str:
+    def expanded_text(self, question: str, *grids_hw: tuple[int, int]) -> str:
         """The prompt as text with its placeholders written out, as the stock processors build it."""
-        written = "".join(self.tokenizer.convert_ids_to_tokens(self._placeholders(grid_hw)))
-        return self._chat_text(question).replace(self.image_token, written)
+        header, *parts = self._chat_text(question, len(grids_hw)).split(self.image_token)
+        written = ["".join(self.tokenizer.convert_ids_to_tokens(self._placeholders(grid))) for grid in grids_hw]
+        return header + "".join(tokens + part for tokens, part in zip(written, parts, strict=True))
 
-    def _chat_text(self, question: str) -> str:
+    def _chat_text(self, question: str, images: int = 1) -> str:
         # Pixtral's template reads a text item's `content`, the others read its `text`.
         text = {"type": "text", "text": question, "content": question}
-        messages = [{"role": "user", "content": [{"type": "image"}, text]}]
-        if self._system_text is not None:
-            system = {"type": "text", "text": self._system_text, "content": self._system_text}
-            messages.insert(0, {"role": "system", "content": [system]})
+        messages = [{"role": "user", "content": [{"type": "image"}] * images + [text]}]
+        if self._system_content is not None:
+            messages.insert(0, {"role": "system", "content": self._system_content})
         return self.tokenizer.apply_chat_template(
             messages, chat_template=self._template, tokenize=False, add_generation_prompt=True
         )
 
-    def _expand(self, ids: list[int], placeholders: list[int]) -> list[int]:
+    def _expand(self, ids: list[int], placeholders: Sequence[list[int]]) -> list[int]:
+        places = [at for at, token in enumerate(ids) if token == self.image_token_id]
+        if len(places) != len(placeholders):
+            raise EngineError(
+                f"the prompt has {len(places)} placeholders {self.image_token} for {len(placeholders)} images; leave "
+                "the text of the placeholder out of the question"
+            )
+        whole, start = [], 0
+        for at, tokens in zip(places, placeholders, strict=True):
+            whole += ids[start:at] + tokens
+            start = at + 1
+        return whole + ids[start:]
+
+    def _set_system(self, text: str | None) -> None:
+        """Writes the system message in the form that the template reads."""
+        self._system_content = None
+        if text is None or self._template is None:
+            return
+        self._system_content = [{"type": "text", "text": text, "content": text}]
         try:
-            at = ids.index(self.image_token_id)
-        except ValueError as error:
-            raise EngineError(f"the prompt lost its image placeholder {self.image_token}") from error
-        return ids[:at] + placeholders + ids[at + 1 :]
+            if text in self._chat_text(PROBE):
+                return
+        except TypeError:
+            pass
+        # The template of Pixtral 12B adds it to other text, so that it must be a text itself.
+        self._system_content = text
+        if text not in self._chat_text(PROBE):
+            raise ModelError(f"the chat template leaves out the system text {text!r}; use a card with system_text null")
 
     def _check_template(self, name: str) -> None:
         if self._template is None:
