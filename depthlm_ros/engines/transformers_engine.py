@@ -96,12 +96,17 @@ class TransformersEngine:
         )
         return cls(model, processor, info, head=head, head_mode=mode, no_head=no_head, batch_size=batch_size)
 
-    @torch.inference_mode()
     def answer_shared(self, image: np.ndarray, questions: Sequence[str], max_new_tokens: int) -> list[Answer]:
-        """Answers many questions about one image, which is encoded and prefilled once.
+        """Answers many questions about one image; `answer_about` with a single image."""
+        return self.answer_about([image], questions, max_new_tokens)
+
+    @torch.inference_mode()
+    def answer_about(self, images: Sequence[np.ndarray], questions: Sequence[str], max_new_tokens: int) -> list[Answer]:
+        """Answers many questions about the same images, which are encoded and prefilled once.
 
         Args:
-            image: (H, W, 3) uint8 RGB; resampled only if its size isn't of `grid`.
+            images: one or more (H, W, 3) uint8 RGB of any sizes, shown in this order before the text;
+                resampled only where a size isn't of `grid`.
             questions: texts; what they share at their beginning is prefilled once too.
             max_new_tokens: longest answer in tokens.
 
@@ -111,15 +116,17 @@ class TransformersEngine:
 
         Raises:
             ImageError: not an RGB image.
-            EngineError: out of memory.
+            EngineError: no image, or out of memory.
         """
         if not questions:
             return []
+        if not images:
+            raise EngineError("0 images for the questions; give at least one")
         with _clear_errors(self.info, self._batch_size):
-            inputs = self.processor.images([image])
-            prompts = self.processor.prompts(questions, inputs.grid_hw)
+            inputs = [self.processor.images([image]) for image in images]
+            prompts = self.processor.prompts(questions, *(image.grid_hw for image in inputs))
             shared = shared_length(prompts)
-            prefix = self.prefill(prompts[0][:shared], inputs)
+            prefix = self.prefill(prompts[0][:shared], *inputs)
             suffixes = [ids[shared:] for ids in prompts]
             # Rows of one length need no padding, so equal lengths are decoded together.
             order = sorted(range(len(suffixes)), key=lambda row: len(suffixes[row]))
@@ -186,17 +193,18 @@ class TransformersEngine:
         Returns:
             (B, N, C) features at the image tokens, row-major over the token grid.
         """
-        hidden, deepstack, _ = self._forward_images(ids, inputs, None)
+        hidden, deepstack, _ = self._forward_images(ids, (inputs,), None)
         at = torch.tensor(ids, device=self._device) == self.processor.image_token_id
         maps = [features.view(inputs.count, -1, features.shape[-1]) for features in deepstack]
         return head_features(self._head_mode, maps, hidden[:, at])
 
-    def prefill(self, ids: Sequence[int], inputs: ImageInputs) -> Prefix:
+    def prefill(self, ids: Sequence[int], *inputs: ImageInputs) -> Prefix:
         """Runs the vision tower and the language model over what all questions share.
 
         Args:
-            ids: chat header, image tokens and the beginning of the questions, the same for each image.
-            inputs: one image, or one for each row that `decode` will get.
+            ids: chat header, image tokens and the beginning of the questions, the same for each row.
+            inputs: the first image of each row, the second image of each row, ...; one row for all questions, or
+                one for each that `decode` will get.
         """
         cache = DynamicCache()
         _, _, next_position = self._forward_images(ids, inputs, cache)
@@ -253,22 +261,26 @@ class TransformersEngine:
             torch.cuda.empty_cache()
 
     def _forward_images(
-        self, ids: Sequence[int], inputs: ImageInputs, cache: DynamicCache | None
+        self, ids: Sequence[int], inputs: Sequence[ImageInputs], cache: DynamicCache | None
     ) -> tuple[torch.Tensor, list[torch.Tensor], int]:
         """Last states (B, L, C), DeepStack maps (B * N, C), and the position that follows."""
-        input_ids = torch.tensor(ids, device=self._device).expand(inputs.count, -1)
+        rows = inputs[0].count
+        input_ids = torch.tensor(ids, device=self._device).expand(rows, -1)
         is_image = input_ids == self.processor.image_token_id
-        tokens, deepstack = self._encode(inputs)
+        encoded = [self._encode(images) for images in inputs]
+        tokens = _by_row([image_tokens for image_tokens, _ in encoded], rows)
+        deepstack = [_by_row(maps, rows) for maps in zip(*(maps for _, maps in encoded), strict=True)]
         embeds = self.model.get_input_embeddings()(input_ids)
         embeds = embeds.masked_scatter(is_image[..., None], tokens.to(embeds.dtype))
         options = {}
         position_ids = None
         next_position = len(ids)
         if self.info.architecture != "llava":
+            grids = torch.stack([images.tensors["image_grid_thw"] for images in inputs], dim=1)
             position_ids, _ = self.model.model.get_rope_index(
                 input_ids,
                 mm_token_type_ids=is_image.int(),
-                image_grid_thw=inputs.tensors["image_grid_thw"].to(self._device),
+                image_grid_thw=grids.flatten(0, 1).to(self._device),
             )
             next_position = int(position_ids.max()) + 1
         if deepstack:
@@ -328,6 +340,13 @@ class TransformersEngine:
         for rows in by_size.values():
             for start in range(0, len(rows), self._batch_size):
                 yield rows[start : start + self._batch_size]
+
+
+def _by_row(features: Sequence[torch.Tensor], rows: int) -> torch.Tensor:
+    """Features (rows * N_k, C) of the k-th images to (rows * sum of N_k, C): each row's images after one another."""
+    if len(features) == 1:
+        return features[0]
+    return torch.cat([f.view(rows, -1, f.shape[-1]) for f in features], dim=1).flatten(0, 1)
 
 
 def _stop_ids(model: PreTrainedModel, processor: PromptProcessor) -> frozenset[int]:
