@@ -1,7 +1,8 @@
-"""The dense head: one depth a pixel from the language model's last states at the image's tokens.
+"""Dense heads: a depth for each pixel from what the model makes of the image's tokens.
 
-The MLP variant of DepthVLM (arXiv 2605.15876): LayerNorm, Linear, GELU, Linear to one value for each
-pixel of a token's square, Softplus. Key names are the published ones, so its checkpoints load.
+DepthVLM (arXiv 2605.15876) has two. The DPT head is in `dpt_head.py`. The MLP head is here: LayerNorm, Linear,
+GELU, Linear to one value for each pixel of a token's square, Softplus. Key names are the published ones, so
+its checkpoints load. Both compute in float32, whatever the format of the model (the original: the model's).
 """
 
 from __future__ import annotations
@@ -12,13 +13,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from depthlm_ros.engines.dpt_head import MAPS, DPTDepthHead
 from depthlm_ros.errors import ModelError
 
 if TYPE_CHECKING:
     from depthlm_ros.engines.checkpoint import Checkpoint
 
 OUTPUTS = ("softplus", "exp")
+HEADS = ("dpt", "mlp")
 FEATURE_MODES = ("llm_last", "concat", "sum")
+EACH = "each"  # the feature mode of a DPT head, which isn't named in config.json
 DEFAULT_HIDDEN = 1024  # DepthVLM's depth_head_mlp_hidden
 
 
@@ -70,67 +74,98 @@ def head_features(mode: str, deepstack: Sequence[torch.Tensor], last: torch.Tens
     """Joins the maps in the published order [deepstack..., last state of the language model].
 
     Args:
-        mode: "llm_last", "concat" or "sum".
-        deepstack: (..., C) each; empty for architectures without DeepStack.
-        last: (..., C) after the final norm.
+        mode: "llm_last", "concat" (..., N, 4 C), "sum", or "each" (..., 4, N, C) for the DPT head.
+        deepstack: (..., N, C) each; empty for architectures without DeepStack.
+        last: (..., N, C) after the final norm.
     """
     if mode == "llm_last":
         return last
     maps = [*deepstack, last]
+    if mode == EACH:
+        return torch.stack(maps, dim=-3)
     return torch.cat(maps, dim=-1) if mode == "concat" else torch.stack(maps).sum(dim=0)
 
 
-def unsupported_head(checkpoint: Checkpoint) -> str | None:
-    """Says why the checkpoint's head can't be run, or None if it can.
+def head_kind(checkpoint: Checkpoint) -> str:
+    """The `depth_head_type` of a checkpoint with a head.
 
-    A checkpoint that doesn't name its head is told by its weights: only the DPT variant has `scratch`.
+    One that doesn't name it is told by its weights: only the DPT variant has `scratch`.
     """
-    by_weights = "dpt" if "depth_head.scratch.layer1_rn.weight" in checkpoint.shapes else "mlp"
-    kind = checkpoint.config.get("depth_head_type", by_weights)
-    if kind == "mlp":
+    by_weights = "dpt" if any(name.startswith("depth_head.scratch.") for name in checkpoint.shapes) else "mlp"
+    return checkpoint.config.get("depth_head_type") or by_weights
+
+
+def unsupported_head(checkpoint: Checkpoint) -> str | None:
+    """Says why the checkpoint's head can't be run, or None if it can."""
+    kind = head_kind(checkpoint)
+    if kind in HEADS:
         return None
-    return f"{checkpoint.name}: depth_head_type {kind!r} can't be run yet, only 'mlp' can; use a text dialect of it"
+    return f"{checkpoint.name}: depth_head_type {kind!r} is unknown; known are {', '.join(HEADS)}"
 
 
-def load_head(checkpoint: Checkpoint, in_features: int, deepstack_maps: int, patch_px: int) -> tuple[MLPDepthHead, str]:
+def load_head(
+    checkpoint: Checkpoint, in_features: int, deepstack_maps: int, patch_px: int
+) -> tuple[MLPDepthHead | DPTDepthHead, str]:
     """Builds the head that the checkpoint holds, in float32.
 
     Args:
         checkpoint: one with `depth_head.*` weights.
         in_features: hidden size of the language model.
-        deepstack_maps: number of DeepStack maps, which "concat" appends.
+        deepstack_maps: number of DeepStack maps, which "concat" and the DPT head read too.
         patch_px: side of a token's square in pixels.
 
     Returns:
         The head and its feature mode.
 
     Raises:
-        ModelError: the DPT variant, an unknown key value, or weights of another shape.
+        ModelError: an unknown head or key value, or weights of another shape.
     """
     problem = unsupported_head(checkpoint)
     if problem:
         raise ModelError(problem)
+    weights = checkpoint.tensors("depth_head.")
+    with torch.device("meta"):  # no memory and no random numbers for weights that are replaced at once
+        if head_kind(checkpoint) == "dpt":
+            head, mode = _dpt_head(checkpoint, weights, in_features, deepstack_maps, patch_px), EACH
+        else:
+            head, mode = _mlp_head(checkpoint, in_features, deepstack_maps, patch_px)
+    _load_weights(head, weights, checkpoint.name)
+    return head.float().eval(), mode
+
+
+def _dpt_head(
+    checkpoint: Checkpoint, weights: Mapping[str, torch.Tensor], in_features: int, deepstack_maps: int, patch_px: int
+) -> DPTDepthHead:
+    if deepstack_maps + 1 != MAPS:
+        raise ModelError(
+            f"{checkpoint.name}: a DPT head reads {MAPS - 1} DeepStack maps and the last states, but "
+            f"deepstack_visual_indexes of config.json name {deepstack_maps}; one of the two is of another model"
+        )
+    return DPTDepthHead.of_shapes({key: tuple(value.shape) for key, value in weights.items()}, in_features, patch_px)
+
+
+def _mlp_head(
+    checkpoint: Checkpoint, in_features: int, deepstack_maps: int, patch_px: int
+) -> tuple[MLPDepthHead, str]:
     config = checkpoint.config
-    mode = config.get("depth_head_feature_mode", "llm_last")
+    # Checkpoints with a head of the other kind carry these keys with null.
+    mode = config.get("depth_head_feature_mode") or FEATURE_MODES[0]
     if mode not in FEATURE_MODES:
         raise ModelError(
             f"{checkpoint.name}: depth_head_feature_mode {mode!r} is unknown; known are {', '.join(FEATURE_MODES)}"
         )
     width = in_features * (deepstack_maps + 1 if mode == "concat" else 1)
-    hidden = config.get("depth_head_mlp_hidden", DEFAULT_HIDDEN)
-    with torch.device("meta"):  # no memory and no random numbers for weights that are replaced at once
-        head = MLPDepthHead(width, hidden, patch_px, config.get("depth_head_output", "softplus"))
-    _load_weights(head, checkpoint.tensors("depth_head."), checkpoint.name)
-    return head.float().eval(), mode
+    hidden = config.get("depth_head_mlp_hidden") or DEFAULT_HIDDEN
+    return MLPDepthHead(width, hidden, patch_px, config.get("depth_head_output") or OUTPUTS[0]), mode
 
 
-def _load_weights(head: MLPDepthHead, weights: Mapping[str, torch.Tensor], name: str) -> None:
+def _load_weights(head: nn.Module, weights: Mapping[str, torch.Tensor], name: str) -> None:
     expected = {key: tuple(value.shape) for key, value in head.state_dict().items()}
     seen = {key: tuple(value.shape) for key, value in weights.items()}
     for key in sorted(expected | seen):
         if expected.get(key) != seen.get(key):
             raise ModelError(
-                f"{name}: depth_head.{key} has shape {seen.get(key)}, config.json asks for {expected.get(key)}; "
-                "check depth_head_mlp_hidden and depth_head_feature_mode"
+                f"{name}: depth_head.{key} has shape {seen.get(key)}, config.json asks for {expected.get(key)}; check "
+                "the depth_head_* keys of config.json, or fetch the weights again"
             )
     head.load_state_dict(weights, assign=True)

@@ -20,6 +20,7 @@ from depthlm_ros.engines.batches import Batch, Prefix, shared_length
 from depthlm_ros.engines.checkpoint import Checkpoint, open_checkpoint
 from depthlm_ros.engines.dense_head import MLPDepthHead, head_features, load_head, unsupported_head
 from depthlm_ros.engines.devices import choose_placement
+from depthlm_ros.engines.dpt_head import DPTDepthHead
 from depthlm_ros.engines.loading import load_model
 from depthlm_ros.engines.processor import ImageInputs, PromptProcessor
 from depthlm_ros.errors import DialectError, EngineError, ModelError
@@ -41,7 +42,7 @@ class TransformersEngine:
         processor: PromptProcessor,
         info: EngineInfo,
         *,
-        head: MLPDepthHead | None = None,
+        head: MLPDepthHead | DPTDepthHead | None = None,
         head_mode: str = "llm_last",
         no_head: str = "",
         batch_size: int = 64,
@@ -178,10 +179,22 @@ class TransformersEngine:
             raise DialectError(f"{self._no_head}: it does not speak the dense dialect; use a text dialect")
         with _clear_errors(self.info, 1):
             inputs = self.processor.images([image])
-            ids = self.processor.prompts([question], inputs.grid_hw)[0]
-            last = len(ids) - ids[::-1].index(self.processor.image_token_id)
-            features = self.image_features(ids[:last], inputs)
-            return self._head(features[0].float(), inputs.grid_hw).cpu().numpy()
+            return self.depth_of(self.processor.prompts([question], inputs.grid_hw)[0], inputs)
+
+    @torch.inference_mode()
+    def depth_of(self, ids: Sequence[int], inputs: ImageInputs) -> np.ndarray:
+        """The dense head's map for a prompt that is prepared already.
+
+        Args:
+            ids: the whole prompt or its beginning; what follows the image isn't read.
+            inputs: one image.
+
+        Returns:
+            (H', W') float32 metres.
+        """
+        last = len(ids) - ids[::-1].index(self.processor.image_token_id)
+        features = self.image_features(ids[:last], inputs)
+        return self._head(features[0].float(), inputs.grid_hw).cpu().numpy()
 
     def image_features(self, ids: Sequence[int], inputs: ImageInputs) -> torch.Tensor:
         """What the dense head reads, as its feature mode says.
@@ -228,7 +241,7 @@ class TransformersEngine:
         tokens: list[list[int]] = [[] for _ in suffixes]
         chances: list[list[float]] = [[] for _ in suffixes]
         for _ in range(max_new_tokens):
-            logits = self._next_logits(batch)
+            logits = self.next_logits(batch)
             if seen is not None:
                 penalised = torch.where(logits < 0, logits * self._penalty, logits / self._penalty)
                 logits = torch.where(seen[batch.rows], penalised, logits)
@@ -311,7 +324,8 @@ class TransformersEngine:
             m if isinstance(m, torch.Tensor) else torch.cat(list(m)) for m in maps
         ]
 
-    def _next_logits(self, batch: Batch) -> torch.Tensor:
+    def next_logits(self, batch: Batch) -> torch.Tensor:
+        """(rows, vocabulary) float32 scores of the token that follows each row; grows the batch's cache."""
         positions = batch.positions
         if self.info.architecture != "llava":
             positions = positions.expand(3, -1, -1)

@@ -1,0 +1,98 @@
+"""DepthVLM's own small models, rebuilt as checkpoints from the rule that their weights were made by."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from depthlm_ros.engines.processor import ImageInputs
+
+GOLDEN = Path(__file__).parent / "golden" / "depthvlm"
+EMBEDDING = "model.language_model.embed_tokens.weight"
+WORDS = 512
+SPECIAL = {500: "<|image_pad|>", 501: "<|video_pad|>", 502: "<|vision_start|>", 503: "<|vision_end|>"}
+# Words are numbers, so that prompts of the golden files can be said: header, image, then the question.
+TEMPLATE = (
+    "w10 w11 {% for message in messages %}{% for item in message['content'] %}{% if item['type'] == 'image' %}"
+    "<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ item['text'] }}{% endif %}{% endfor %}{% endfor %}"
+)
+
+
+def golden_case(kind: str) -> tuple[dict, dict[str, np.ndarray]]:
+    """The description of a golden model ("dpt" or "mlp"), and its inputs and outputs."""
+    return json.loads((GOLDEN / f"{kind}.json").read_text()), dict(np.load(GOLDEN / f"{kind}.npz"))
+
+
+def golden_weight(name: str, shape: list[int] | tuple[int, ...]) -> torch.Tensor:
+    """A weight by name, the rule of the golden files."""
+    generator = np.random.RandomState(zlib.crc32(name.encode()) & 0xFFFFFFFF)
+    drawn = torch.from_numpy(generator.standard_normal(int(np.prod(shape))).astype(np.float32)).reshape(shape)
+    if name.endswith("bias"):
+        return 0.02 * drawn
+    return 1 + 0.1 * drawn if len(shape) == 1 else drawn / float(np.sqrt(np.prod(shape[1:])))
+
+
+def write_golden(
+    folder: Path, kind: str, *, weights: Mapping[str, torch.Tensor] | None = None, config: dict | None = None
+) -> Path:
+    """Writes a golden model as a checkpoint that `load_engine` takes.
+
+    Args:
+        folder: made if it isn't there.
+        kind: "dpt" or "mlp".
+        weights: instead of the golden ones; their names are stored as they are.
+        config: keys to change in config.json.
+    """
+    case, _ = golden_case(kind)
+    folder.mkdir(parents=True, exist_ok=True)
+    head = {key: case[key] for key in ("depth_head_type", "depth_head_mlp_hidden", "depth_head_feature_mode")}
+    _write_json(folder / "config.json", case["config"] | {"model_type": "qwen3_vl"} | head | (config or {}))
+    if weights is None:
+        weights = {name: golden_weight(name, shape) for name, shape in case["shapes"].items()}
+        # The two share their storage there, and the language head was filled last.
+        weights[EMBEDDING] = weights["lm_head.weight"].clone()
+    save_file(dict(weights), folder / "model.safetensors", metadata={"format": "pt"})
+    _write_tokenizer(folder)
+    size = {"shortest_edge": 4096, "longest_edge": 1048576}
+    statistics = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    patches = {"patch_size": 16, "temporal_patch_size": 2, "merge_size": 2}
+    _write_json(
+        folder / "preprocessor_config.json",
+        {"image_processor_type": "Qwen2VLImageProcessorFast", "size": size} | statistics | patches,
+    )
+    _write_json(folder / "generation_config.json", {"eos_token_id": 0, "do_sample": False})
+    return folder
+
+
+def golden_inputs(arrays: Mapping[str, np.ndarray]) -> ImageInputs:
+    """The image of a golden file, as its processor left it."""
+    grid = arrays["image_grid_thw"][0]
+    tensors = {name: torch.from_numpy(arrays[name]) for name in ("pixel_values", "image_grid_thw")}
+    return ImageInputs(tensors, (int(grid[1]) // 2, int(grid[2]) // 2), 1)
+
+
+def words(ids: list[int]) -> str:
+    """The text that the tokenizer reads as these ids."""
+    return " ".join(f"w{number}" for number in ids)
+
+
+def _write_tokenizer(folder: Path) -> None:
+    vocabulary = {SPECIAL.get(number, f"w{number}"): number for number in range(WORDS)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens(list(SPECIAL.values()))
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "w0", "pad_token": "w0"}
+    _write_json(folder / "tokenizer_config.json", settings | {"clean_up_tokenization_spaces": False})
+    (folder / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
+
+
+def _write_json(path: Path, value: dict) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,108 @@
+"""Both heads give the original program's maps and its language the original's scores, through our engine alone."""
+
+from __future__ import annotations
+
+import logging
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from golden_depthvlm import EMBEDDING, golden_case, golden_inputs, golden_weight, words, write_golden
+
+from depthlm_ros.engines.batches import Batch
+from depthlm_ros.engines.dense_head import EACH
+from depthlm_ros.engines.transformers_engine import TransformersEngine
+
+DEPTH_TOLERANCE, LOGIT_TOLERANCE = 1e-4, 1e-3
+
+
+@pytest.fixture(scope="module", params=["dpt", "mlp"])
+def golden(request, tmp_path_factory):
+    case, arrays = golden_case(request.param)
+    folder = write_golden(tmp_path_factory.mktemp(request.param), request.param)
+    engine = TransformersEngine.load(folder, device="cpu", dtype="float32")
+    ids = arrays["input_ids"][0].tolist()
+    return SimpleNamespace(kind=request.param, case=case, arrays=arrays, engine=engine, folder=folder, ids=ids,
+                           inputs=golden_inputs(arrays))  # fmt: skip
+
+
+def test_every_stored_weight_is_used_and_none_is_made_up(golden, caplog):
+    with caplog.at_level(logging.WARNING):
+        engine = TransformersEngine.load(golden.folder, device="cpu")
+    used = set(engine.model.state_dict()) | {f"depth_head.{name}" for name in engine._head.state_dict()}
+    assert used == set(golden.case["shapes"])
+    assert not [record for record in caplog.records if "not used" in record.message or "tie" in record.message]
+
+
+def test_a_frames_map_is_the_original_programs(golden, monkeypatch):
+    monkeypatch.setattr(golden.engine.processor, "images", lambda images: golden.inputs)
+    depth = golden.engine.depth_map(np.zeros((96, 128, 3), np.uint8), words(golden.ids[-5:]))
+    assert depth.dtype == np.float32 and depth.shape == golden.arrays["depth"].shape
+    np.testing.assert_allclose(depth, golden.arrays["depth"], rtol=DEPTH_TOLERANCE, atol=0)
+
+
+def test_the_prompt_is_the_golden_one(golden):
+    assert golden.engine.processor.prompts([words(golden.ids[-5:])], (3, 4)) == [golden.ids]
+
+
+@pytest.mark.parametrize("asked", [1, 3, 6])
+@torch.inference_mode()
+def test_prefill_and_decode_give_the_original_programs_scores(golden, asked):
+    split = len(golden.ids) - asked
+    prefix = golden.engine.prefill(golden.ids[:split], golden.inputs)
+    logits = golden.engine.next_logits(Batch(prefix, [golden.ids[split:]], torch.device("cpu")))
+    np.testing.assert_allclose(logits[0], golden.arrays["logits"], rtol=0, atol=LOGIT_TOLERANCE)
+
+
+@torch.inference_mode()
+def test_every_position_after_the_image_gets_the_original_programs_scores(golden):
+    first = golden.ids.index(503)
+    prefix = golden.engine.prefill(golden.ids[:first], golden.inputs)
+    for last in range(first, len(golden.ids)):
+        logits = golden.engine.next_logits(Batch(prefix, [golden.ids[first : last + 1]], torch.device("cpu")))
+        # The file holds all positions in float16.
+        np.testing.assert_allclose(logits[0], golden.arrays["last_hidden_logits"][last], rtol=2e-3, atol=2e-3)
+
+
+@torch.inference_mode()
+def test_questions_after_the_image_cannot_change_what_the_head_reads(golden):
+    last = len(golden.ids) - golden.ids[::-1].index(500)
+    alone = golden.engine.image_features(golden.ids[:last], golden.inputs)
+    for question in (golden.ids[last:], [503, *range(100, 160)]):
+        with_question = golden.engine.image_features(golden.ids[:last] + question, golden.inputs)
+        torch.testing.assert_close(with_question, alone, rtol=1e-5, atol=1e-5)
+
+
+@torch.inference_mode()
+def test_text_before_the_image_does_change_what_the_head_reads(golden):
+    header = golden.ids.index(502)
+    depth = golden.engine.depth_of(golden.ids, golden.inputs)
+    other = golden.engine.depth_of([77, 78, 79, *golden.ids[header:]], golden.inputs)
+    assert np.abs(other / depth - 1).max() > 1e-3
+
+
+def test_a_tied_head_may_be_left_out_of_the_file(golden, tmp_path):
+    weights = {name: golden_weight(name, shape) for name, shape in golden.case["shapes"].items()}
+    weights[EMBEDDING] = weights.pop("lm_head.weight")
+    engine = TransformersEngine.load(write_golden(tmp_path, golden.kind, weights=weights), device="cpu")
+    assert engine.model.lm_head.weight is engine.model.get_input_embeddings().weight
+    depth = engine.depth_of(golden.ids, golden.inputs)
+    np.testing.assert_allclose(depth, golden.arrays["depth"], rtol=DEPTH_TOLERANCE, atol=0)
+
+
+@pytest.mark.parametrize("said", [True, False])
+@torch.inference_mode()
+def test_a_language_head_of_its_own_is_kept_whatever_the_config_says(tmp_path, said):
+    # DepthVLM-4B: stage 2 trained the head apart from the embedding, under a config that still ties them.
+    case, arrays = golden_case("mlp")
+    weights = {name: golden_weight(name, shape) for name, shape in case["shapes"].items()}
+    config = {"tie_word_embeddings": said, "text_config": case["config"]["text_config"] | {"tie_word_embeddings": said}}
+    engine = TransformersEngine.load(write_golden(tmp_path, "mlp", weights=weights, config=config), device="cpu")
+    assert torch.equal(engine.model.lm_head.weight, weights["lm_head.weight"])
+    assert torch.equal(engine.model.get_input_embeddings().weight, weights[EMBEDDING])
+
+
+def test_a_dpt_head_is_recognised_by_its_weights_and_reads_each_map(tmp_path):
+    engine = TransformersEngine.load(write_golden(tmp_path, "dpt", config={"depth_head_type": None}), device="cpu")
+    assert engine.info.dense and engine._head_mode == EACH
