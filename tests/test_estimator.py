@@ -30,7 +30,7 @@ def image():
 def speaker(qwen3_vl_checkpoint):
     """A Qwen3-VL with a depth head whose card lets it speak all three dialects."""
     card, source = load_card(str(qwen3_vl_checkpoint))
-    card = replace(card, dialects=("dense", "coordinates", "marker"), focal_px=160.0, max_new_tokens=12)
+    card = replace(card, dialects=("dense", "coordinates", "marker"), focal_px=160.0, policy="exact", max_new_tokens=12)
     return Estimator(card, load_engine(source, card, device="cpu", dtype="float32"))
 
 
