@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import TracebackType
 
 import numpy as np
@@ -19,14 +20,17 @@ from depthlm_ros.cards import ModelCard, load_card
 from depthlm_ros.depth import DEPTH_KINDS, DepthResult, ZDepth
 from depthlm_ros.engines import load_engine
 from depthlm_ros.engines.base import Answer, Engine
-from depthlm_ros.errors import PixelError
+from depthlm_ros.errors import ConfigError, PixelError, unknown_choice
 from depthlm_ros.markers import draw_arrow, drawable
 from depthlm_ros.prompts import coordinates_question, dense_question, marker_question, normalise_pixel, parse_depths
+from depthlm_ros.published import readout_pixels
 from depthlm_ros.sampling import sample_pixels, stride_pixels
+from depthlm_ros.unify import undistorted_pixels
 
 # Questions handed to the engine at once, so that progress shows and marked images don't fill the memory.
 _CHUNK = 256
 DEFAULT_POINTS = 256
+READOUTS = ("exact", "published")
 
 Progress = Callable[[int], None]
 
@@ -38,13 +42,14 @@ class Estimator:
         card: what the model was trained to see and to say.
         engine: who answers.
         policy: how images are brought to the model's focal length.
+        default_dialect: spoken when `estimate` isn't told another; None where the model isn't asked for depth.
     """
 
     def __init__(self, card: ModelCard, engine: Engine, policy: str | None = None, dialect: str | None = None) -> None:
         self.card = card
         self.engine = engine
         self.policy = policy or card.policy
-        self.default_dialect = card.require_dialect(dialect)
+        self.default_dialect = _dialect(card, dialect)
 
     @classmethod
     def load(
@@ -56,6 +61,7 @@ class Estimator:
         policy: str | None = None,
         dialect: str | None = None,
         batch_size: int = 64,
+        commercial_use: bool = False,
     ) -> Estimator:
         """Loads a model.
 
@@ -66,14 +72,16 @@ class Estimator:
             policy: "published" or "exact"; None takes the card's.
             dialect: spoken when `estimate` isn't told another; None takes the card's.
             batch_size: questions decoded together.
+            commercial_use: whether the answers serve a commercial purpose.
 
         Raises:
+            LicenceError: `commercial_use` of a model whose licence forbids it.
             ModelError: the model can't be found or loaded.
             DialectError: it doesn't speak the dialect.
             ConfigError: an unknown value.
         """
-        card, source = load_card(model)
-        card.require_dialect(dialect)
+        card, source = load_card(model, commercial_use=commercial_use)
+        _dialect(card, dialect)
         engine = load_engine(source, card, device=device, dtype=dtype, batch_size=batch_size)
         return cls(card, engine, policy, dialect)
 
@@ -88,11 +96,18 @@ class Estimator:
         return [
             f"model {self.card.name} ({info.model}): {info.architecture}, {info.parameters / 1e6:.1f}M parameters, "
             f"licence {self.card.licence}",
-            f"speaks {', '.join(self.dialects)}; focal length {self.card.focal_px:g} px, policy {self.policy}, "
-            f"answers are {'z-depth' if self.card.depth_kind == 'z' else 'Euclidean distance, converted to z-depth'}",
+            self._describe_depth(),
             f"engine {info.engine} on {info.device} in {info.dtype}: {'; '.join(info.reasons)}",
             *(f"assumed: {assumption}" for assumption in self.card.assumptions),
         ]
+
+    def _describe_depth(self) -> str:
+        card = self.card
+        if not self.dialects:
+            return f"answers no depth questions; it is for {', '.join(card.tasks)}"
+        kind = "z-depth" if card.depth_kind == "z" else "Euclidean distance, converted to z-depth"
+        speaks = f"speaks {', '.join(self.dialects)}; focal length {card.focal_px:g} px, policy {self.policy}"
+        return f"{speaks}, answers are {kind}"
 
     def estimate(
         self,
@@ -102,6 +117,7 @@ class Estimator:
         *,
         dialect: str | None = None,
         progress: Progress | None = None,
+        readout: str = "exact",
     ) -> DepthResult:
         """Measures z-depth at pixels of one image.
 
@@ -111,6 +127,8 @@ class Estimator:
             pixels: (N, 2) `(u, v)` of `image`; None asks every pixel in the dense dialect and a grid of 256 otherwise.
             dialect: one of `dialects`; None takes the default.
             progress: called with the number of points that were just answered.
+            readout: where a dense map is read: "exact", at the pixel itself between its neighbours, or "published",
+                where DepthVLM's evaluation reads it (`published.readout_pixels`), for comparing scores.
 
         Returns:
             A row for each pixel, in their order; pixels that the dialect can't refer to have `asked` False.
@@ -121,9 +139,11 @@ class Estimator:
         Raises:
             ImageError, CameraError, PixelError: bad input.
             DialectError: the model doesn't speak the dialect.
+            ConfigError: a `readout` that this model, policy or dialect doesn't have.
             EngineError: the engine failed.
         """
-        dialect = self.default_dialect if dialect is None else self.card.require_dialect(dialect)
+        dialect = self.card.require_dialect(dialect or self.default_dialect)
+        self._check_readout(readout, dialect)
         if pixels is None:
             whole = dialect == "dense"
             pixels = stride_pixels(camera.width, camera.height, 1) if whole else sample_pixels(
@@ -131,10 +151,13 @@ class Estimator:
         pixels = _checked_pixels(pixels, camera)
         clock = _Clock()
         with clock("unify"):
-            view = unify(image, camera, self.card.focal_px, self.policy, self.engine.grid)
+            view = unify(image, camera, self.card.focal_px, self.policy, self.engine.grid, self.card.system)
             at = view.from_source(pixels)
             asked = view.inside(at)
         ask = {"dense": self._dense, "coordinates": self._coordinates, "marker": self._marker}[dialect]
+        if readout == "published":
+            on_map = readout_pixels(undistorted_pixels(camera, pixels), camera, self.card.focal_px)
+            ask = partial(self._dense, on_map=on_map)
         metres, confidence, asked, answers = ask(view, at, asked, clock, progress or _no_progress)
         with clock("geometry"):
             answered = DEPTH_KINDS[self.card.depth_kind](metres)
@@ -160,14 +183,34 @@ class Estimator:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
-    def _dense(self, view: UnifiedView, at: np.ndarray, asked: np.ndarray, clock: _Clock, progress: Progress):
+    def _check_readout(self, readout: str, dialect: str) -> None:
+        if readout not in READOUTS:
+            raise ConfigError(unknown_choice("readout", readout, READOUTS))
+        seen = (self.card.system, self.policy, dialect)
+        if readout == "published" and seen != ("depthvlm", "published", "dense"):
+            raise ConfigError(
+                f"readout 'published' is DepthVLM's, of its own preprocessing; this is system {seen[0]!r} with policy "
+                f"{seen[1]!r} in dialect {seen[2]!r}. Use readout 'exact'"
+            )
+
+    def _dense(
+        self,
+        view: UnifiedView,
+        at: np.ndarray,
+        asked: np.ndarray,
+        clock: _Clock,
+        progress: Progress,
+        on_map: np.ndarray | None = None,
+    ):
         with clock("model"):
             depth = self.engine.depth_map(view.image, dense_question())
         with clock("geometry"):
             # A `published` view isn't of a size that the processor keeps; the map then has the processor's size.
             gain = np.array([depth.shape[1] / view.camera.width, depth.shape[0] / view.camera.height])
-            place = (at + 0.5) * gain - 0.5
+            place = (at + 0.5) * gain - 0.5 if on_map is None else on_map
             metres = sample_map(depth, place)
+            if on_map is not None:
+                asked = asked & ((on_map >= 0) & (on_map < depth.shape[::-1])).all(axis=1)
             confidence = 1 - _spread(depth, place)
         progress(len(at))
         return metres, confidence, asked, ()
@@ -186,7 +229,7 @@ class Estimator:
 
     def _marker(self, view: UnifiedView, at: np.ndarray, asked: np.ndarray, clock: _Clock, progress: Progress):
         # The exact policy gives sub-pixel places; an arrow points at whole pixels.
-        whole = at if self.policy == "published" else np.rint(at)
+        whole = np.rint(at)
         asked = asked & drawable(whole, view.camera.width, view.camera.height)
         rows = np.flatnonzero(asked)
         answers: list[Answer] = []
@@ -229,6 +272,11 @@ class _Clock:
 
 def _no_progress(_: int) -> None:
     return None
+
+
+def _dialect(card: ModelCard, dialect: str | None) -> str | None:
+    """The dialect to speak where none is asked; None for a model that isn't for depth and wasn't asked to be."""
+    return card.require_dialect(dialect) if card.dialects or dialect is not None else None
 
 
 def _checked_pixels(pixels: np.ndarray, camera: Camera) -> np.ndarray:

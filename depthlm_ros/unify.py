@@ -1,8 +1,8 @@
 """Focal-length unification: every model was trained on images of one focal length, so it is shown such images.
 
-Two policies. `published` is what the released DepthLM weights saw: one scale from fx, sizes and pixels
-truncated to integers (DepthLM_Official, utils/datasets.py). `exact` has fx' = fy' = the asked focal length, no
-distortion, one antialiased resample and a size that the model's processor leaves alone.
+Two policies. `published` is what released weights saw, each system's in its own way (`published.py`). `exact` has
+fx' = fy' = the asked focal length, no distortion, one antialiased resample and a size that the model's processor
+leaves alone.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from PIL import Image
 
 from depthlm_ros.errors import CameraError, ConfigError, ImageError, PixelError
 from depthlm_ros.lens import Distortion
+from depthlm_ros.published import MAX_VIEW_PIXELS, check_size, published_view
 
 if TYPE_CHECKING:
     from depthlm_ros.camera import Camera
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
 
 POLICIES = ("published", "exact")
 
-# 64 megapixels: no model reads more, and a wrong focal length shouldn't fill the memory.
-MAX_VIEW_PIXELS = 1 << 26
 # A flat image of a wide lens grows with tan(angle); beyond 60 degrees off the axis it is mostly stretched edge.
 MAX_VIEW_TANGENT = math.tan(math.radians(60.0))
 # Sizes within a hundred-thousandth of a pixel of a whole number are that number.
@@ -47,25 +46,26 @@ class UnifiedView:
         camera: intrinsics of `image`, without distortion.
         policy: "published" or "exact".
         source: the camera of the image it was made from.
+        system: whose way `published` is.
     """
 
     image: np.ndarray
     camera: Camera
     policy: str
     source: Camera
+    system: str = "depthlm"
 
     def from_source(self, pixels: np.ndarray) -> np.ndarray:
         """Maps source pixels (N, 2) to view pixels (N, 2) float64.
 
-        `exact`: sub-pixel, u' = (u + 0.5) f / fx - 0.5 for a lens without distortion. `published`: whole numbers,
-        truncated toward zero like the authors'. NaN where the lens model has no ray.
+        `exact`: sub-pixel, u' = (u + 0.5) f / fx - 0.5 for a lens without distortion. `published`: for DepthLM and
+        VLM3 whole numbers, truncated toward zero like the authors'; for DepthVLM, which names no pixels to its
+        model, sub-pixel by area, u' = (u + 0.5) W' / W - 0.5. NaN where the lens model has no ray.
         """
         source, view = self.source, self.camera
-        if self.policy == "exact":
+        if self.policy == "exact" or self.system == "depthvlm":
             return view.project(source.rays(pixels))
-        ideal = np.asarray(pixels, np.float64)
-        if not source.distortion.is_identity:
-            ideal = _without_distortion(source).project(source.rays(pixels))
+        ideal = undistorted_pixels(source, pixels)
         # The authors' own order of operations: the truncation makes the last bit matter.
         gain = np.array([view.fx / source.fx, view.fy / source.fy])
         return np.trunc((ideal - (source.cx, source.cy)) * gain + (view.cx, view.cy))
@@ -80,16 +80,26 @@ class UnifiedView:
 
 
 def unify(
-    image: np.ndarray, camera: Camera, focal_px: float, policy: str, grid: ImageGrid | None = None
+    image: np.ndarray,
+    camera: Camera,
+    focal_px: float,
+    policy: str,
+    grid: ImageGrid | None = None,
+    system: str = "depthlm",
 ) -> UnifiedView:
     """Shows an image at the focal length that a model was trained with.
 
-    `published` (DepthLM): s = f / fx, size int(W s) x int(H s), Pillow's BICUBIC, all four intrinsics times s, so
-    fy' stays unequal to f where fx and fy differ. The authors' undistort step before it passes zero
-    coefficients and on OpenCV 4.10 to 5.0 returns the image byte for byte, so the image is left alone and only
-    that step's rounding of K is kept. Their images had no lens distortion: a lens with distortion is
-    undistorted first with unchanged K, and what falls outside of that frame can't be asked. `grid` isn't
-    used: their processor resampled once more.
+    `published` of DepthLM, and of all but DepthVLM: s = f / fx, size int(W s) x int(H s), Pillow's BICUBIC, all four
+    intrinsics times s, so fy' stays unequal to f where fx and fy differ. The authors' undistort step before it
+    passes zero coefficients and on OpenCV 4.10 to 5.0 returns the image byte for byte, so the image is left alone
+    and only that step's rounding of K is kept.
+
+    `published` of DepthVLM: bilinear to round(W s) x round(H s), then bicubic to multiples of 28, so fx' and fy'
+    both differ from f a little.
+
+    In both the authors' images had no lens distortion: a lens with distortion is undistorted first with unchanged
+    K, and what falls outside of that frame can't be asked. `grid` isn't used: their processors resampled once
+    more, and the engine's does.
 
     `exact`: a source pixel u lands on u' = (u + 0.5) f / fx - 0.5. The view covers the whole source, for a lens
     with distortion up to 60 degrees off the axis, and is filled up to a whole multiple of `grid.multiple` and
@@ -102,6 +112,7 @@ def unify(
         focal_px: the model's focal length in pixels.
         policy: "published" or "exact".
         grid: the sizes that the model's processor leaves alone.
+        system: "depthlm", "vlm3", "depthvlm" or "own", whose way `published` is.
 
     Raises:
         ImageError: not an (H, W, 3) uint8 image.
@@ -121,7 +132,10 @@ def unify(
             "pass the intrinsics of this image"
         )
     if policy == "published":
-        return _published(image, camera, float(focal_px))
+        ideal = _without_distortion(camera)
+        if not camera.distortion.is_identity:
+            image = _remap(image, camera, ideal)
+        return UnifiedView(*published_view(image, ideal, float(focal_px), system), policy, camera, system)
     view_camera, content = _exact_camera(camera, float(focal_px), grid)
     if camera.distortion.is_identity:
         seen = _resize(image, camera, float(focal_px), content)
@@ -130,7 +144,7 @@ def unify(
     right, bottom = view_camera.width - seen.shape[1], view_camera.height - seen.shape[0]
     if right or bottom:
         seen = cv2.copyMakeBorder(seen, 0, bottom, 0, right, cv2.BORDER_REPLICATE)
-    return UnifiedView(seen, view_camera, policy, camera)
+    return UnifiedView(seen, view_camera, policy, camera, system)
 
 
 def sample_map(depth_map: np.ndarray, view_pixels: np.ndarray, method: str = "bilinear") -> np.ndarray:
@@ -170,48 +184,15 @@ def sample_map(depth_map: np.ndarray, view_pixels: np.ndarray, method: str = "bi
     return out
 
 
+def undistorted_pixels(camera: Camera, pixels: np.ndarray) -> np.ndarray:
+    """(N, 2) float64: pixels of the camera's image once its lens distortion is removed with unchanged K."""
+    if camera.distortion.is_identity:
+        return np.asarray(pixels, np.float64)
+    return _without_distortion(camera).project(camera.rays(pixels))
+
+
 def _without_distortion(camera: Camera) -> Camera:
     return replace(camera, distortion=Distortion())
-
-
-def _published(image: np.ndarray, camera: Camera, focal_px: float) -> UnifiedView:
-    fx, fy, cx, cy = _authors_intrinsics(camera)
-    scale = focal_px / fx
-    width, height = int(camera.width * scale), int(camera.height * scale)
-    _check_size(width, height, camera, focal_px, MAX_VIEW_PIXELS)
-    if not camera.distortion.is_identity:
-        image = _remap(image, camera, _without_distortion(camera))
-    resized = Image.fromarray(np.ascontiguousarray(image)).resize((width, height), Image.Resampling.BICUBIC)
-    view_camera = replace(
-        camera, fx=fx * scale, fy=fy * scale, cx=cx * scale, cy=cy * scale,
-        width=width, height=height, distortion=Distortion(),
-    )  # fmt: skip
-    return UnifiedView(np.asarray(resized), view_camera, "published", camera)
-
-
-def _authors_intrinsics(camera: Camera) -> tuple[float, float, float, float]:
-    """K as it leaves the authors' undistort step: the same but for the last bit.
-
-    Where fx and fy differ by more than 1e-3 they pass K through cv2.getOptimalNewCameraMatrix with zero
-    coefficients and alpha = 1, which fits the frame to the undistorted border. In OpenCV 4.10 to 5.0 that is
-    the identity with these roundings (4.5 scaled by (W - 1) / W); truncated pixels and sizes can hang on them.
-    """
-    if abs(camera.fx - camera.fy) <= 1e-3 or camera.width == 1 or camera.height == 1:
-        return camera.fx, camera.fy, camera.cx, camera.cy
-    per_px_x, per_px_y = 1 / camera.fx, 1 / camera.fy
-    left, right = -camera.cx * per_px_x, (camera.width - 1 - camera.cx) * per_px_x
-    top, bottom = -camera.cy * per_px_y, (camera.height - 1 - camera.cy) * per_px_y
-    fx, fy = (camera.width - 1) / (right - left), (camera.height - 1) / (bottom - top)
-    return fx, fy, -fx * left, -fy * top
-
-
-def _check_size(width: int, height: int, camera: Camera, focal_px: float, max_pixels: int) -> None:
-    if width < 1 or height < 1 or width * height > max_pixels:
-        raise CameraError(
-            f"at a focal length of {focal_px:g} px this {camera.width}x{camera.height} image with fx "
-            f"{camera.fx:g} px becomes {width}x{height}; the limit is 1 to {max_pixels} pixels. Check the unit of "
-            "the intrinsics (pixels), or crop the image and its camera to the region of interest"
-        )
 
 
 @lru_cache(maxsize=16)
@@ -223,7 +204,7 @@ def _exact_camera(camera: Camera, focal_px: float, grid: ImageGrid | None) -> tu
     if grid is not None:
         multiple, min_pixels, max_pixels = grid.multiple, grid.min_pixels, min(grid.max_pixels, MAX_VIEW_PIXELS)
     width, height = _filled_size(content, multiple, min_pixels)
-    _check_size(width, height, camera, focal_px, max_pixels)
+    check_size(width, height, camera, focal_px, max_pixels)
     view_camera = replace(
         camera, fx=focal_px, fy=focal_px, cx=-left * focal_px - 0.5, cy=-top * focal_px - 0.5,
         width=width, height=height, distortion=Distortion(),
