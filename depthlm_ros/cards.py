@@ -10,13 +10,14 @@ from __future__ import annotations
 import os
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from depthlm_ros.errors import LicenceError, ModelError, unknown_choice
 from depthlm_ros.modelcard import ARCHITECTURES, ModelCard, read_card
 from depthlm_ros.prompts import SYSTEM_TEXT
-from depthlm_ros.weights import check_sha256, check_weights, depth_head, folder_config, hub_config
+from depthlm_ros.weights import check_sha256, check_weights, depth_head, folder_config, hub_config, processor_differences
 
 CARD_FILE = "depthlm_card.yaml"
 UNKNOWN_LICENCE = "unknown"
@@ -143,6 +144,9 @@ def _checked(card: ModelCard, folder: Path) -> ModelCard:
         )
     check_weights(folder)
     check_sha256(folder, card.sha256)
+    if others := processor_differences(folder, card.processor):
+        told = f"the folder's image processor is meant to differ from the published one: {'; '.join(others)}"
+        return replace(card, assumptions=(*card.assumptions, told))
     return card
 
 

@@ -73,6 +73,35 @@ def check_weights(folder: Path) -> None:
             )
 
 
+def processor_differences(folder: Path, settings: Mapping[str, Any]) -> list[str]:
+    """What a folder's image processor does otherwise than a card says, a phrase for each setting.
+
+    Only settings that the folder's preprocessor_config.json has are compared.
+
+    Args:
+        folder: of the checkpoint.
+        settings: `patch_size`, `shortest_edge`, `image_mean` and the like, as in `ModelCard.processor`.
+
+    Raises:
+        ModelError: preprocessor_config.json isn't a JSON mapping.
+    """
+    path = folder / "preprocessor_config.json"
+    if not path.is_file():
+        return []
+    found = _read_json(path)
+    size = found.get("size")
+    found = {**found, **(size if isinstance(size, dict) else {})}
+    for new, old in (("shortest_edge", "min_pixels"), ("longest_edge", "max_pixels")):
+        found.setdefault(new, found.get(old))
+    if isinstance(found.get("patch_size"), dict):
+        found["patch_size"] = found["patch_size"].get("height")
+    return [
+        f"{name} is {found[name]}, published {wanted}"
+        for name, wanted in settings.items()
+        if found.get(name) is not None and found[name] != wanted
+    ]
+
+
 def depth_head(folder: Path) -> str | None:
     """Which depth head lies in a folder, from the names in the files' headers alone: "dpt", "mlp" or None.
 
