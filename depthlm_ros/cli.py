@@ -84,13 +84,14 @@ def _estimate(arguments: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from depthlm_ros.estimator import Estimator
+    from depthlm_ros.photographs import read_photograph
     from depthlm_ros.ply import write_ply
     from depthlm_ros.queries import depth_image, keep_good, plan_query
 
     parameters = config.from_arguments(arguments)
     if arguments.depth is not None and arguments.depth.suffix not in (".npy", ".png"):
         raise ImageError(f"depth file {arguments.depth} has suffix {arguments.depth.suffix!r}; use .npy or .png")
-    image = _read_photograph(arguments.image)
+    image = read_photograph(arguments.image, upright=True)
     camera = camera_of(arguments, image.shape[1], image.shape[0])
     estimator = Estimator.load(**parameters.load_arguments())
     for line in estimator.describe():
@@ -151,20 +152,6 @@ def focal_px(fov_deg: float, width: int) -> float:
     if not 0 < fov_deg < 180:
         raise CameraError(f"field of view is {fov_deg} degrees; a pinhole camera's lies between 0 and 180")
     return width / 2 / math.tan(math.radians(fov_deg) / 2)
-
-
-def _read_photograph(path: Path):
-    """(H, W, 3) uint8 RGB, upright: a phone's photograph is turned as its EXIF says."""
-    import numpy as np
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
-    try:
-        with Image.open(path) as image:
-            return np.array(ImageOps.exif_transpose(image).convert("RGB"))
-    except FileNotFoundError as error:
-        raise ImageError(f"image {path} does not exist; give the path of a png or jpeg") from error
-    except (UnidentifiedImageError, OSError) as error:
-        raise ImageError(f"image {path} can't be read ({error}); give a png or jpeg") from error
 
 
 def _write_depth(path: Path, depth_m) -> None:
