@@ -101,6 +101,11 @@ class ModelCard:
         object.__setattr__(self, "dialects", tuple(self.dialects))
         object.__setattr__(self, "assumptions", tuple(self.assumptions))
 
+    @property
+    def about(self) -> str:
+        """Name and description in one line, for whoever reads figures that the model has made."""
+        return f"{self.name}: {' '.join(self.description.split())}"
+
     def _check(self, key: str, good: bool, wanted: str) -> None:
         if not good:
             raise ConfigError(f"card {self.name!r}: {key} is {getattr(self, key)!r}; it must be {wanted}")

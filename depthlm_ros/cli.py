@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import sys
 from collections.abc import Iterator
@@ -227,11 +228,23 @@ def _replay(arguments: argparse.Namespace) -> int:
         match_px=arguments.match_px,
     )
     bag = arguments.bag or models_dir() / "sample_drive"
-    run = replay(bag, changed, options, log_folder=arguments.out / "log")
+    with _mentioning_earlier_report(arguments.out):
+        run = replay(bag, changed, options, log_folder=arguments.out / "log")
     print(summary(run))
     for path in write_report(arguments.out, run):
         print(f"wrote {path}")
-    return 0 if run.tally.frames else 1
+    return 0 if run.tally.frames and not run.broke_off else 1
+
+
+@contextlib.contextmanager
+def _mentioning_earlier_report(folder: Path) -> Iterator[None]:
+    """Where a command fails, says that the report in its results folder isn't its own; deleting it would be a loss."""
+    try:
+        yield
+    except DepthLMError:
+        if (folder / "report.html").exists():
+            print(f"depthlm: the report in {folder} is that of an earlier run", file=sys.stderr)
+        raise
 
 
 def _add_evaluate(commands) -> None:
@@ -255,21 +268,21 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
     parameters = config.from_arguments(arguments)
     reader = {"images": arguments.images, "depths": arguments.depths, "depth_kind": arguments.depth_kind}
-    labelled(arguments.source, **reader)
-    estimator = Estimator.load(**parameters.load_arguments())
-    run = evaluate(
-        arguments.source,
-        estimator,
-        dialect=parameters.dialect or None,
-        points=parameters.points,
-        seed=arguments.seed,
-        **reader,
-    )
-    estimator.close()
+    with _mentioning_earlier_report(arguments.out):
+        labelled(arguments.source, **reader)
+        with Estimator.load(**parameters.load_arguments()) as estimator:
+            run = evaluate(
+                arguments.source,
+                estimator,
+                dialect=parameters.dialect or None,
+                points=parameters.points,
+                seed=arguments.seed,
+                **reader,
+            )
     print(summary(run))
     for path in write_report(arguments.out, run):
         print(f"wrote {path}")
-    return 0
+    return 1 if run.broke_off else 0
 
 
 def _add_reader_options(parser: argparse.ArgumentParser) -> None:

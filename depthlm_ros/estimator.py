@@ -91,6 +91,7 @@ class Estimator:
             f"speaks {', '.join(self.dialects)}; focal length {self.card.focal_px:g} px, policy {self.policy}, "
             f"answers are {'z-depth' if self.card.depth_kind == 'z' else 'Euclidean distance, converted to z-depth'}",
             f"engine {info.engine} on {info.device} in {info.dtype}: {'; '.join(info.reasons)}",
+            self.card.about,
             *(f"assumed: {assumption}" for assumption in self.card.assumptions),
         ]
 
