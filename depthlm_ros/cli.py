@@ -351,9 +351,12 @@ def _render(arguments: argparse.Namespace) -> int:
             yield RecordedFrame(Frame(image, camera, START_NS + round(index / arguments.fps * 1e9)), depth_m)
 
     command = (
-        f"depthlm bag render --seconds {arguments.seconds:g} --fps {arguments.fps:g} --seed {arguments.seed} "
-        f"--width {arguments.width} --height {arguments.height} --fov-deg {arguments.fov_deg:g}"
+        f"depthlm bag render OUT --seconds {arguments.seconds:g} --fps {arguments.fps:g} --seed {arguments.seed} "
+        f"--width {arguments.width} --height {arguments.height} --fov-deg {arguments.fov_deg:g} "
+        f"--depth-bits {arguments.depth_bits}"
     )
+    if arguments.compressed:
+        command += f" --compressed {arguments.compressed}"
     info = write_bag(
         arguments.out,
         frames(),
