@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import sys
 from collections.abc import Iterator
@@ -84,13 +85,14 @@ def _estimate(arguments: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from depthlm_ros.estimator import Estimator
+    from depthlm_ros.photographs import read_photograph
     from depthlm_ros.ply import write_ply
     from depthlm_ros.queries import depth_image, keep_good, plan_query
 
     parameters = config.from_arguments(arguments)
     if arguments.depth is not None and arguments.depth.suffix not in (".npy", ".png"):
         raise ImageError(f"depth file {arguments.depth} has suffix {arguments.depth.suffix!r}; use .npy or .png")
-    image = _read_photograph(arguments.image)
+    image = read_photograph(arguments.image, upright=True)
     camera = camera_of(arguments, image.shape[1], image.shape[0])
     estimator = Estimator.load(**parameters.load_arguments())
     for line in estimator.describe():
@@ -151,20 +153,6 @@ def focal_px(fov_deg: float, width: int) -> float:
     if not 0 < fov_deg < 180:
         raise CameraError(f"field of view is {fov_deg} degrees; a pinhole camera's lies between 0 and 180")
     return width / 2 / math.tan(math.radians(fov_deg) / 2)
-
-
-def _read_photograph(path: Path):
-    """(H, W, 3) uint8 RGB, upright: a phone's photograph is turned as its EXIF says."""
-    import numpy as np
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
-    try:
-        with Image.open(path) as image:
-            return np.array(ImageOps.exif_transpose(image).convert("RGB"))
-    except FileNotFoundError as error:
-        raise ImageError(f"image {path} does not exist; give the path of a png or jpeg") from error
-    except (UnidentifiedImageError, OSError) as error:
-        raise ImageError(f"image {path} can't be read ({error}); give a png or jpeg") from error
 
 
 def _write_depth(path: Path, depth_m) -> None:
@@ -240,11 +228,23 @@ def _replay(arguments: argparse.Namespace) -> int:
         match_px=arguments.match_px,
     )
     bag = arguments.bag or models_dir() / "sample_drive"
-    run = replay(bag, changed, options, log_folder=arguments.out / "log")
+    with _mentioning_earlier_report(arguments.out):
+        run = replay(bag, changed, options, log_folder=arguments.out / "log")
     print(summary(run))
     for path in write_report(arguments.out, run):
         print(f"wrote {path}")
-    return 0 if run.tally.frames else 1
+    return 0 if run.tally.frames and not run.broke_off else 1
+
+
+@contextlib.contextmanager
+def _mentioning_earlier_report(folder: Path) -> Iterator[None]:
+    """Where a command fails, says that the report in its results folder isn't its own; deleting it would be a loss."""
+    try:
+        yield
+    except DepthLMError:
+        if (folder / "report.html").exists():
+            print(f"depthlm: the report in {folder} is that of an earlier run", file=sys.stderr)
+        raise
 
 
 def _add_evaluate(commands) -> None:
@@ -268,21 +268,21 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
     parameters = config.from_arguments(arguments)
     reader = {"images": arguments.images, "depths": arguments.depths, "depth_kind": arguments.depth_kind}
-    labelled(arguments.source, **reader)
-    estimator = Estimator.load(**parameters.load_arguments())
-    run = evaluate(
-        arguments.source,
-        estimator,
-        dialect=parameters.dialect or None,
-        points=parameters.points,
-        seed=arguments.seed,
-        **reader,
-    )
-    estimator.close()
+    with _mentioning_earlier_report(arguments.out):
+        labelled(arguments.source, **reader)
+        with Estimator.load(**parameters.load_arguments()) as estimator:
+            run = evaluate(
+                arguments.source,
+                estimator,
+                dialect=parameters.dialect or None,
+                points=parameters.points,
+                seed=arguments.seed,
+                **reader,
+            )
     print(summary(run))
     for path in write_report(arguments.out, run):
         print(f"wrote {path}")
-    return 0
+    return 1 if run.broke_off else 0
 
 
 def _add_reader_options(parser: argparse.ArgumentParser) -> None:
@@ -351,9 +351,12 @@ def _render(arguments: argparse.Namespace) -> int:
             yield RecordedFrame(Frame(image, camera, START_NS + round(index / arguments.fps * 1e9)), depth_m)
 
     command = (
-        f"depthlm bag render --seconds {arguments.seconds:g} --fps {arguments.fps:g} --seed {arguments.seed} "
-        f"--width {arguments.width} --height {arguments.height} --fov-deg {arguments.fov_deg:g}"
+        f"depthlm bag render OUT --seconds {arguments.seconds:g} --fps {arguments.fps:g} --seed {arguments.seed} "
+        f"--width {arguments.width} --height {arguments.height} --fov-deg {arguments.fov_deg:g} "
+        f"--depth-bits {arguments.depth_bits}"
     )
+    if arguments.compressed:
+        command += f" --compressed {arguments.compressed}"
     info = write_bag(
         arguments.out,
         frames(),

@@ -18,7 +18,8 @@ from PIL import Image, UnidentifiedImageError
 
 from depthlm_ros.camera import Camera
 from depthlm_ros.depth import DEPTH_KINDS
-from depthlm_ros.errors import DatasetError
+from depthlm_ros.errors import DatasetError, ImageError
+from depthlm_ros.photographs import read_photograph
 
 DEPTHLM_KEYS = ("image", "intrinsics", "pixel_coords", "depth")
 DEPTHVLM_KEYS = ("image", "depth_path", "depth_scale", "original_fx", "original_rgb_size")
@@ -229,10 +230,9 @@ def _find(name: str, folders: list[Path], where: str, option: str) -> Path:
 def _read_image(path: Path) -> np.ndarray:
     """(H, W, 3) uint8 RGB as stored: intrinsics belong to the stored pixels, so an EXIF rotation is not applied."""
     try:
-        with Image.open(path) as image:
-            return np.asarray(image.convert("RGB"))
-    except (UnidentifiedImageError, OSError) as error:
-        raise DatasetError(f"image {path} can't be read ({error}); replace the file") from error
+        return read_photograph(path)
+    except ImageError as error:
+        raise DatasetError(str(error)) from error
 
 
 def _read_depth(path: Path, row: dict, where: str) -> np.ndarray:

@@ -98,6 +98,7 @@ class Estimator:
             f"licence {self.card.licence}",
             self._describe_depth(),
             f"engine {info.engine} on {info.device} in {info.dtype}: {'; '.join(info.reasons)}",
+            self.card.about,
             *(f"assumed: {assumption}" for assumption in self.card.assumptions),
         ]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import itertools
 import os
 import platform
 import time
@@ -21,7 +22,7 @@ from tqdm import tqdm
 
 from depthlm_ros.camera import Camera
 from depthlm_ros.config import POINTS_IN_WORDS
-from depthlm_ros.errors import BagError, DatasetError
+from depthlm_ros.errors import BagError, DatasetError, DepthLMError
 from depthlm_ros.metrics import best_constant, delta1_interval, depth_metrics, row_prior
 
 Item = TypeVar("Item")
@@ -210,6 +211,8 @@ class Run:
         figures: name to value of everything counted, such as frames sent and dropped.
         environment: name to value: model, device, dtype, machine, date, versions.
         notes: what the reader has to know to judge the figures.
+        about_model: what the model is and is not, from its card.
+        broke_off: why not everything was read or played; empty when all was.
     """
 
     title: str
@@ -217,6 +220,8 @@ class Run:
     figures: dict[str, float | int | str]
     environment: dict[str, str]
     notes: tuple[str, ...] = ()
+    about_model: str = ""
+    broke_off: str = ""
 
 
 def dialect_notes(dialect: str) -> tuple[str, ...]:
@@ -226,6 +231,30 @@ def dialect_notes(dialect: str) -> tuple[str, ...]:
     return (
         "dense dialect: points are pixels of one map a frame, so points a second says more of the stride than of speed",
     )
+
+
+def up_to_failure(items: Iterable[Item], failures: list[str]) -> Iterator[Item]:
+    """Passes items on until the source fails, so that what was measured by then isn't lost with the rest.
+
+    Args:
+        items: read or answered one after the other.
+        failures: gets the reason, where it broke off.
+
+    Raises:
+        DepthLMError: of the source, if it gave not one item.
+    """
+    source = iter(items)
+    for count in itertools.count():
+        try:
+            item = next(source)
+        except StopIteration:
+            return
+        except DepthLMError as error:
+            if count == 0:
+                raise
+            failures.append(f"broke off after {count} images: {error}")
+            return
+        yield item
 
 
 def progress(items: Iterable[Item], total: int, what: str) -> Iterator[Item]:
@@ -327,6 +356,8 @@ def evaluate(
     dialect = dialect or estimator.card.default_dialect
     most = points or (POINTS_OF_DENSE_TRUTH if dialect == "dense" else POINTS_IN_WORDS)
     tally = Tally(total, match_px=0.0)
+    failures: list[str] = []
+    frames = up_to_failure(frames, failures)
     for index, (name, image, camera, truth_m) in enumerate(progress(frames, total, "evaluate")):
         pixels = asked_pixels(truth_m, most, seed + index)
         if not len(pixels):
@@ -361,5 +392,7 @@ def evaluate(
         tally,
         figures,
         environment,
-        (*notes, *dialect_notes(dialect), *estimator.describe()),
+        (*notes, *dialect_notes(dialect), *(line for line in estimator.describe() if line != estimator.card.about)),
+        about_model=estimator.card.about,
+        broke_off="; ".join(failures),
     )

@@ -132,6 +132,11 @@ class ModelCard:
         self._check_choice("default_dialect", self.default_dialect, self.dialects)
         self._check_choice("depth_kind", self.depth_kind, DEPTH_KINDS)
 
+    @property
+    def about(self) -> str:
+        """Name and description in one line, for whoever reads figures that the model has made."""
+        return f"{self.name}: {' '.join(self.description.split())}"
+
     def _check(self, key: str, good: bool, wanted: str) -> None:
         if not good:
             raise ConfigError(f"card {self.name!r}: {key} is {getattr(self, key)!r}; it must be {wanted}")

@@ -127,6 +127,11 @@ class DepthNode(LifecycleNode):
         """What became of the frames since the node was configured."""
         return self._worker.counts if self._worker is not None else Counts()
 
+    @property
+    def connected(self) -> bool:
+        """Whether image and camera_info are subscribed to and each has a publisher."""
+        return bool(self._inputs) and all(each.get_publisher_count() for each in self._inputs)
+
     # Lifecycle
 
     def start(self) -> bool:

@@ -26,7 +26,7 @@ class Pairing(Generic[Image, Info]):
         held: how many images wait at most.
     """
 
-    def __init__(self, grace_ns: int = 100_000_000, memory: int = 30, held: int = 4) -> None:
+    def __init__(self, grace_ns: int = 500_000_000, memory: int = 30, held: int = 8) -> None:
         self._grace_ns = grace_ns
         self._memory = memory
         self._max_held = held

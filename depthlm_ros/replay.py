@@ -25,7 +25,16 @@ from depthlm_ros.cards import load_card
 from depthlm_ros.config import NODE_NAME, Parameters
 from depthlm_ros.encodings import decode_depth
 from depthlm_ros.errors import BagError, EngineError, MissingDependencyError
-from depthlm_ros.evaluate import DENSE_SHARE, AnsweredFrame, Run, Tally, dialect_notes, machine, progress
+from depthlm_ros.evaluate import (
+    DENSE_SHARE,
+    AnsweredFrame,
+    Run,
+    Tally,
+    dialect_notes,
+    machine,
+    progress,
+    up_to_failure,
+)
 from depthlm_ros.messages import header_stamp_ns, read_cloud
 from depthlm_ros.middleware import use_large_message_profile
 from depthlm_ros.queries import plan_query
@@ -82,7 +91,8 @@ def replay(bag: str | Path, settings: dict, options: ReplayOptions | None = None
         raise BagError(f"{bag} holds no image on {info.image_topic}; record one or name another with --topic")
     parameters = Parameters.from_mapping({**_sensible(first, settings), **settings, "compressed": info.compressed})
     # The node resolves an empty dialect the same way; with it, what was asked and not answered can be told.
-    dialect = load_card(parameters.model)[0].require_dialect(parameters.dialect or None)
+    card, _ = load_card(parameters.model)
+    dialect = card.require_dialect(parameters.dialect or None)
     total = min(options.frames or sys.maxsize, info.count(info.image_topic))
     tally = Tally(total, match_px=options.match_px)
     with _own_world(Path(log_folder)), _node_process(parameters, info, options, Path(log_folder)) as process:
@@ -90,10 +100,13 @@ def replay(bag: str | Path, settings: dict, options: ReplayOptions | None = None
             player.wait_until_heard(options.startup_timeout_s)
             frames = (frame for frame, _ in zip(read_frames(bag, options.topic), range(total), strict=False))
             play = _in_lockstep if options.rate is None else _in_real_time
-            for frame in play(player, progress(frames, total, "replay"), options):
+            failures: list[str] = []
+            for frame in up_to_failure(play(player, progress(frames, total, "replay"), options), failures):
                 tally.add(_with_unanswered(frame, parameters, dialect))
-            player.wait_for_report()
-            return _run(info, tally, player, options, parameters, dialect)
+            if process.poll() is None:
+                player.wait_for_report()
+            run = _run(info, tally, player, options, parameters, dialect)
+            return replace(run, about_model=card.about, broke_off="; ".join(failures))
 
 
 def _sensible(first: RecordedFrame, settings: dict) -> dict:
@@ -189,8 +202,8 @@ class _Player:
             from sensor_msgs.msg import CameraInfo, CompressedImage, Image, PointCloud2
         except ImportError as error:
             raise MissingDependencyError(
-                f"replay needs ROS 2 ({error}): source a ROS 2 installation or run 'make setup'; "
-                "without ROS, 'depthlm evaluate' scores the same recording"
+                f"replay needs ROS 2 ({str(error).splitlines()[0]}): source a ROS 2 installation, or use the "
+                "environment that 'make env' makes; without ROS, 'depthlm evaluate' scores the same recording"
             ) from error
         self._process, self._log = process, log_folder / "node.log"
         self._context = rclpy.Context()

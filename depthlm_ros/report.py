@@ -80,6 +80,8 @@ def metrics(run: Run) -> dict:
         **run.tally.scores(),
         "run": run.figures,
         "environment": run.environment,
+        "about_model": run.about_model,
+        "broke_off": run.broke_off,
         "notes": list(run.notes),
         "frames": run.tally.frames,
     }
@@ -89,6 +91,7 @@ def summary(run: Run) -> str:
     """The figures for a terminal."""
     scores, figures = run.tally.scores(), run.figures
     lines = [run.title]
+    lines += [f"  {run.about_model}"] if run.about_model else []
     if scores:
         depth, baselines = scores["depth"], scores["baselines"]
         interval = scores["delta1_interval_95"]
@@ -113,6 +116,7 @@ def summary(run: Run) -> str:
         lines += [f"  {note}" for note in run.notes]
     if "latency_p50_s" in figures:
         lines.append(f"  latency       median {figures['latency_p50_s']:.3f} s, 95 % {figures['latency_p95_s']:.3f} s")
+    lines += [f"  {run.broke_off}"] if run.broke_off else []
     return "\n".join(lines)
 
 
@@ -145,7 +149,9 @@ def contact_sheet(run: Run, rows: int = 3) -> np.ndarray:
 def page(run: Run) -> str:
     """The report as one HTML page without external resources."""
     scores = run.tally.scores()
-    sections = [f"<h1>{_text(run.title)}</h1>", f'<p class="soft">{_text(_subtitle(run))}</p>', _cards(run, scores)]
+    sections = [f"<h1>{_text(run.title)}</h1>", f'<p class="soft">{_text(_subtitle(run))}</p>']
+    sections += [f"<p>{_text(line)}</p>" for line in (run.about_model, run.broke_off) if line]
+    sections.append(_cards(run, scores))
     if scores:
         sections.append(_score_section(run, scores))
     if run.tally.pictures:

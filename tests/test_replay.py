@@ -3,10 +3,11 @@
 import json
 import os
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from recordings import drive, small_model, write_depthlm_labels
+from recordings import drive, floor_depth, small_model, write_depthlm_labels
 
 from depthlm_ros.bags import write_bag
 from depthlm_ros.cli import main
@@ -41,6 +42,7 @@ def test_lockstep_answers_every_frame_with_the_estimators_depth(tmp_path, bag, m
     assert counts == {"frames_sent": 3, "frames_answered": 3, "frames_dropped": 0, "frames_failed": 0}
     assert run.environment["device"] == "cpu"
     assert run.environment["dialect"] == "dense"
+    assert run.about_model == "small: random weights"
 
     estimator = Estimator.load(model, device="cpu")
     for recorded, frame in zip(read_frames(bag), run.tally.pictures, strict=True):
@@ -99,6 +101,17 @@ def test_a_node_that_dies_is_reported_with_the_end_of_its_log(tmp_path, bag, mod
     settings = {"model": model, "device": "cuda:9"}
     with pytest.raises(EngineError, match=r"the node ended with status 1; its log .*node.log ends:(.|\n)*cuda"):
         replay(bag, settings, log_folder=tmp_path / "log")
+
+
+def test_what_was_answered_before_a_faulty_message_is_kept(tmp_path, model, capsys):
+    frames = list(drive(4))
+    write_bag(tmp_path / "bag", [*frames[:2], replace(frames[2], truth_m=floor_depth(32, 24)), frames[3]])
+    out = tmp_path / "out"
+    assert main(["replay", str(tmp_path / "bag"), "--model", model, "--device", "cpu", "--out", str(out)]) == 1
+    assert "broke off after 2 images" in capsys.readouterr().out
+    saved = json.loads((out / "metrics.json").read_text())
+    assert "ground truth is 32x24 but the image is 64x48" in saved["broke_off"]
+    assert len(saved["frames"]) == saved["run"]["frames_sent"] == 2
 
 
 def test_what_can_be_refused_is_refused_before_the_node_starts(tmp_path, bag, model):

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,10 +11,10 @@ from hypothesis import strategies as st
 from recordings import CAMERA, floor_depth, picture
 
 from depthlm_ros.charts import UNKNOWN, paint_depth, view_cloud
-from depthlm_ros.errors import DatasetError
-from depthlm_ros.evaluate import AnsweredFrame, Run, Tally, compare
+from depthlm_ros.errors import BagError, DatasetError
+from depthlm_ros.evaluate import AnsweredFrame, Run, Tally, compare, up_to_failure
 from depthlm_ros.ply import read_ply, write_ply
-from depthlm_ros.report import contact_sheet, metrics, summary, write_report
+from depthlm_ros.report import contact_sheet, metrics, page, summary, write_report
 
 
 def answered(pixels, depth_m, truth_m, name="frame 0", latency_s=0.1):
@@ -159,6 +160,32 @@ def test_summary_has_score_baselines_and_frames():
     assert "δ1            1" in text
     assert "best constant" in text and "row prior" in text
     assert "3 sent, 1 answered, 2 dropped" in text
+
+
+def test_what_the_model_is_stands_in_summary_page_and_json():
+    run = replace(run_of(good_frame()), about_model="toy: not for robots")
+    assert all("toy: not for robots" in text for text in (summary(run), page(run), json.dumps(metrics(run))))
+
+
+def test_what_came_before_a_failure_is_kept_with_the_reason():
+    def frames():
+        yield from "ab"
+        raise BagError("damaged at byte 7")
+
+    failures = []
+    assert list(up_to_failure(frames(), failures)) == ["a", "b"]
+    assert failures == ["broke off after 2 images: damaged at byte 7"]
+    run = replace(run_of(good_frame()), broke_off=failures[0])
+    assert all("damaged at byte 7" in text for text in (summary(run), page(run), json.dumps(metrics(run))))
+
+
+def test_a_source_that_gives_nothing_fails_as_it_is():
+    def frames():
+        raise BagError("damaged at byte 7")
+        yield
+
+    with pytest.raises(BagError, match="byte 7"):
+        list(up_to_failure(frames(), []))
 
 
 def test_scores_in_the_page_are_those_of_the_json():

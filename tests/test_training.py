@@ -160,7 +160,7 @@ def test_rows_that_share_a_prefix_see_what_each_question_sees_alone(net, tokeniz
     questions = [coordinates_question(7, 1500), coordinates_question(1234, 3), coordinates_question(600, 600)]
     ids, labels, _ = Dialogue(tokenizer).rows(questions, np.array([1.0, 2.0, 13.5]), whole=True)
     with torch.no_grad():
-        shared = net.vlm.lm_head(answer_states(net, net.encode(torch.from_numpy(image)), ids))
+        shared = net.vlm.lm_head(answer_states(net, net.encode(torch.from_numpy(image)), ids)[0])
         for i in range(3):
             length = int((labels[i] != IGNORED).nonzero().max()) + 1
             whole = torch.tensor([net.header + [net.vlm.config.image_token_id] * 6 + ids[i, :length].tolist()])
