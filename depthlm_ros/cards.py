@@ -17,7 +17,14 @@ from typing import Any
 from depthlm_ros.errors import LicenceError, ModelError, unknown_choice
 from depthlm_ros.modelcard import ARCHITECTURES, ModelCard, read_card
 from depthlm_ros.prompts import SYSTEM_TEXT
-from depthlm_ros.weights import check_sha256, check_weights, depth_head, folder_config, hub_config, processor_differences
+from depthlm_ros.weights import (
+    check_sha256,
+    check_weights,
+    depth_head,
+    folder_config,
+    hub_config,
+    processor_differences,
+)
 
 CARD_FILE = "depthlm_card.yaml"
 UNKNOWN_LICENCE = "unknown"
