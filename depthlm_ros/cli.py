@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from depthlm_ros import config
-from depthlm_ros.errors import CameraError, DepthLMError, ImageError, MissingDependencyError
+from depthlm_ros import cli_tasks, config
+from depthlm_ros.cli_inputs import add_camera_arguments, camera_of, focal_px
+from depthlm_ros.errors import DepthLMError, ImageError, MissingDependencyError
 
 MODEL_SETTINGS = ("model", "dialect", "policy", "device", "dtype", "batch_size")
 PIXEL_SETTINGS = ("points", "stride", "sampling")
@@ -44,6 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_estimate(commands)
     _add_replay(commands)
     _add_evaluate(commands)
+    cli_tasks.add_commands(commands)
     bag = commands.add_parser("bag", help="make and inspect recordings (rosbag2)")
     bag_commands = bag.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_render(bag_commands)
@@ -69,12 +70,7 @@ def _add_estimate(commands) -> None:
         metavar="DEPTH",
         help="also write the depth image: .npy (float32 metres, NaN unknown) or .png (16 bits, millimetres, 0 unknown)",
     )
-    camera = parser.add_argument_group("camera", "give --fx or --fov-deg; depth in metres depends on it")
-    camera.add_argument("--fx", type=float, help="horizontal focal length in pixels")
-    camera.add_argument("--fy", type=float, help="vertical focal length in pixels; default: fx")
-    camera.add_argument("--cx", type=float, help="column of the principal point; default: the image centre")
-    camera.add_argument("--cy", type=float, help="row of the principal point; default: the image centre")
-    camera.add_argument("--fov-deg", type=float, help="horizontal field of view in degrees, instead of --fx")
+    add_camera_arguments(parser, "give --fx or --fov-deg; depth in metres depends on it")
     config.add_arguments(parser.add_argument_group("model"), MODEL_SETTINGS)
     config.add_arguments(parser.add_argument_group("pixels"), (*PIXEL_SETTINGS, *FILTERS))
     parser.set_defaults(run=_estimate)
@@ -117,42 +113,6 @@ def _estimate(arguments: argparse.Namespace) -> int:
     if arguments.depth is not None:
         _write_depth(arguments.depth, depth_image(result, camera.width, camera.height))
     return 0 if written else 1
-
-
-def camera_of(arguments: argparse.Namespace, width: int, height: int):
-    """The camera that `--fx --fy --cx --cy` or `--fov-deg` describe.
-
-    Raises:
-        CameraError: neither or both of --fx and --fov-deg, or a value that can't be.
-    """
-    from depthlm_ros.camera import Camera
-
-    if (arguments.fx is None) == (arguments.fov_deg is None):
-        given = "neither --fx nor --fov-deg" if arguments.fx is None else "both --fx and --fov-deg"
-        raise CameraError(
-            f"{given} given; give one of them, for example --fx {0.9 * width:.0f} for this {width} px wide image "
-            "if its horizontal field of view is 58 degrees"
-        )
-    fx = arguments.fx if arguments.fov_deg is None else focal_px(arguments.fov_deg, width)
-    return Camera(
-        fx=fx,
-        fy=fx if arguments.fy is None else arguments.fy,
-        cx=(width - 1) / 2 if arguments.cx is None else arguments.cx,
-        cy=(height - 1) / 2 if arguments.cy is None else arguments.cy,
-        width=width,
-        height=height,
-    )
-
-
-def focal_px(fov_deg: float, width: int) -> float:
-    """Focal length in pixels of a pinhole camera with this horizontal field of view.
-
-    Raises:
-        CameraError: an angle outside (0, 180).
-    """
-    if not 0 < fov_deg < 180:
-        raise CameraError(f"field of view is {fov_deg} degrees; a pinhole camera's lies between 0 and 180")
-    return width / 2 / math.tan(math.radians(fov_deg) / 2)
 
 
 def _write_depth(path: Path, depth_m) -> None:

@@ -1,0 +1,73 @@
+"""What several commands take from the command line: a camera, pixels."""
+
+from __future__ import annotations
+
+import argparse
+import math
+
+from depthlm_ros.errors import CameraError
+
+
+def add_camera_arguments(parser: argparse.ArgumentParser, description: str, of: str = "", suffix: str = "") -> None:
+    """Adds `--fx --fy --cx --cy --fov-deg`, each with a suffix of the option's name for a second camera."""
+    camera = parser.add_argument_group(f"camera{of}", description)
+    camera.add_argument(f"--fx{suffix}", type=float, help="horizontal focal length in pixels")
+    camera.add_argument(f"--fy{suffix}", type=float, help="vertical focal length in pixels; default: fx")
+    camera.add_argument(
+        f"--cx{suffix}", type=float, help="column of the principal point; default: the image centre"
+    )
+    camera.add_argument(f"--cy{suffix}", type=float, help="row of the principal point; default: the image centre")
+    camera.add_argument(
+        f"--fov-deg{suffix}", type=float, help=f"horizontal field of view in degrees, instead of --fx{suffix}"
+    )
+
+
+def camera_of(arguments: argparse.Namespace, width: int, height: int):
+    """The camera that `--fx --fy --cx --cy` or `--fov-deg` describe.
+
+    Raises:
+        CameraError: neither or both of --fx and --fov-deg, or a value that can't be.
+    """
+    from depthlm_ros.camera import Camera
+
+    if (arguments.fx is None) == (arguments.fov_deg is None):
+        given = "neither --fx nor --fov-deg" if arguments.fx is None else "both --fx and --fov-deg"
+        raise CameraError(
+            f"{given} given; give one of them, for example --fx {0.9 * width:.0f} for this {width} px wide image "
+            "if its horizontal field of view is 58 degrees"
+        )
+    fx = arguments.fx if arguments.fov_deg is None else focal_px(arguments.fov_deg, width)
+    return Camera(
+        fx=fx,
+        fy=fx if arguments.fy is None else arguments.fy,
+        cx=(width - 1) / 2 if arguments.cx is None else arguments.cx,
+        cy=(height - 1) / 2 if arguments.cy is None else arguments.cy,
+        width=width,
+        height=height,
+    )
+
+
+def focal_px(fov_deg: float, width: int) -> float:
+    """Focal length in pixels of a pinhole camera with this horizontal field of view.
+
+    Raises:
+        CameraError: an angle outside (0, 180).
+    """
+    if not 0 < fov_deg < 180:
+        raise CameraError(f"field of view is {fov_deg} degrees; a pinhole camera's lies between 0 and 180")
+    return width / 2 / math.tan(math.radians(fov_deg) / 2)
+
+
+def numbers(count: int, form: str):
+    """An argparse type for `count` numbers with commas between them, such as `12,34`."""
+
+    def parse(text: str) -> tuple[float, ...]:
+        try:
+            values = tuple(float(part) for part in text.split(","))
+        except ValueError:
+            values = ()
+        if len(values) != count or not all(map(math.isfinite, values)):
+            raise argparse.ArgumentTypeError(f"{text!r} isn't {form}, {count} numbers with commas between them")
+        return values
+
+    return parse
