@@ -30,6 +30,16 @@ def golden_case(kind: str) -> tuple[dict, dict[str, np.ndarray]]:
     return json.loads((GOLDEN / f"{kind}.json").read_text()), dict(np.load(GOLDEN / f"{kind}.npz"))
 
 
+def more_cases() -> tuple[dict[str, dict], dict[str, np.ndarray]]:
+    """Further models: other widths, depths, grids, feature modes, batches of several sizes, untied language heads.
+
+    Made with DepthVLM's program (commit 940a9ba, transformers 5.2, torch 2.13 on a CPU, float32), weights by the same
+    rule, images drawn from `RandomState(1000 + i)`; rows of a batch were padded on the left and masked. `ids` and
+    `thw` hold a row each, the arrays are named `case.depth0`, `case.depth1`, `case.logits` (last position).
+    """
+    return json.loads((GOLDEN / "more.json").read_text()), dict(np.load(GOLDEN / "more.npz"))
+
+
 def golden_weight(name: str, shape: list[int] | tuple[int, ...]) -> torch.Tensor:
     """A weight by name, the rule of the golden files."""
     generator = np.random.RandomState(zlib.crc32(name.encode()) & 0xFFFFFFFF)
@@ -69,6 +79,13 @@ def write_golden(
     )
     _write_json(folder / "generation_config.json", {"eos_token_id": 0, "do_sample": False})
     return folder
+
+
+def drawn_inputs(row: int, thw: list[int]) -> ImageInputs:
+    """The image of one row of `more_cases`, for a vision tower with 16-pixel patches merged 2 x 2."""
+    shape = (thw[1] * thw[2], 3 * 2 * 16 * 16)
+    pixels = np.random.RandomState(1000 + row).standard_normal(shape).astype(np.float32)
+    return golden_inputs({"pixel_values": pixels, "image_grid_thw": np.array([thw])})
 
 
 def golden_inputs(arrays: Mapping[str, np.ndarray]) -> ImageInputs:

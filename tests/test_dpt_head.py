@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import make_checkpoint
-from golden_depthvlm import golden_case, golden_weight, write_golden
+from golden_depthvlm import golden_case, golden_weight
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForImageTextToText
 
@@ -118,6 +118,11 @@ def test_channels_are_those_of_the_stored_weights(tmp_path):
     assert engine.info.dense and engine.depth_map(noise(96, 160)).shape == (96, 160)
 
 
+def test_the_head_is_recognised_by_its_weights(tmp_path):
+    engine = TransformersEngine.load(dpt_checkpoint(tmp_path, depth_head_type=None), device="cpu")
+    assert engine.info.dense and isinstance(engine._head, DPTDepthHead)
+
+
 def test_other_blocks_of_the_vision_tower_may_be_read(tmp_path):
     first = TransformersEngine.load(dpt_checkpoint(tmp_path / "a"), device="cpu").depth_map(noise(96, 128))
     last = TransformersEngine.load(dpt_checkpoint(tmp_path / "b", deepstack=(1, 2, 3)), device="cpu")
@@ -215,10 +220,3 @@ def test_beyond_the_cut_off_there_is_no_depth_in_image_or_organised_cloud(dpt):
     u, v = query.pixels[query.cloud_rows].astype(int).reshape(24, 32, 2).transpose(2, 0, 1)
     np.testing.assert_array_equal(near.depth_m[query.cloud_rows].reshape(query.organised_shape), shown[v, u])
     assert (np.diff(u, axis=1) == 4).all() and (np.diff(v, axis=0) == 4).all()
-
-
-def test_the_golden_model_measures_a_photograph_sized_frame(tmp_path):
-    """Published widths end to end: 256 to 1024 channels, an odd grid of tokens."""
-    engine = TransformersEngine.load(write_golden(tmp_path, "dpt"), device="cpu")
-    depth = engine.depth_map(noise(160, 96))
-    assert depth.shape == (160, 96) and (depth > 0).all()

@@ -12,7 +12,7 @@ from depthlm_ros.cards import load_card
 from depthlm_ros.depth import EuclideanDistance
 from depthlm_ros.engines import load_engine
 from depthlm_ros.engines.base import Answer, EngineInfo, ImageGrid
-from depthlm_ros.errors import CameraError, DialectError, PixelError
+from depthlm_ros.errors import CameraError, DialectError, LicenceError, PixelError
 from depthlm_ros.estimator import Estimator
 from depthlm_ros.markers import draw_arrow
 from depthlm_ros.prompts import answer_text, coordinates_question, normalise_pixel
@@ -181,3 +181,18 @@ def test_a_camera_of_another_size_is_refused(speaker, image):
 def test_a_dialect_that_the_model_does_not_speak_is_refused(llava_checkpoint, image):
     with pytest.raises(DialectError, match="marker"):
         Estimator.load(str(llava_checkpoint), dialect="dense")
+
+
+def test_a_model_that_is_not_for_depth_loads_and_says_so_when_asked(image):
+    estimator = parrot("Correct.", tasks=("object",), dialects=(), default_dialect=None, depth_kind=None)
+    assert estimator.default_dialect is None
+    assert "answers no depth questions; it is for object" in estimator.describe()
+    with pytest.raises(DialectError, match="was not trained for depth, it is for object"):
+        estimator.estimate(image, CAMERA, PIXELS)
+    with pytest.raises(DialectError, match="was not trained for depth"):
+        Estimator(estimator.card, estimator.engine, dialect="dense")
+
+
+def test_a_licence_that_forbids_commercial_use_is_refused_before_anything_is_loaded():
+    with pytest.raises(LicenceError, match="may not be used commercially"):
+        Estimator.load("vlm3-depth", commercial_use=True)

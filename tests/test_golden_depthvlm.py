@@ -3,28 +3,39 @@
 from __future__ import annotations
 
 import logging
+import tempfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from golden_depthvlm import EMBEDDING, golden_case, golden_inputs, golden_weight, words, write_golden
+from golden_depthvlm import (
+    EMBEDDING,
+    drawn_inputs,
+    golden_case,
+    golden_inputs,
+    golden_weight,
+    more_cases,
+    words,
+    write_golden,
+)
 
 from depthlm_ros.engines.batches import Batch
-from depthlm_ros.engines.dense_head import EACH
 from depthlm_ros.engines.transformers_engine import TransformersEngine
 
 DEPTH_TOLERANCE, LOGIT_TOLERANCE = 1e-4, 1e-3
 
 
 @pytest.fixture(scope="module", params=["dpt", "mlp"])
-def golden(request, tmp_path_factory):
+def golden(request):
     case, arrays = golden_case(request.param)
-    folder = write_golden(tmp_path_factory.mktemp(request.param), request.param)
-    engine = TransformersEngine.load(folder, device="cpu", dtype="float32")
     ids = arrays["input_ids"][0].tolist()
-    return SimpleNamespace(kind=request.param, case=case, arrays=arrays, engine=engine, folder=folder, ids=ids,
-                           inputs=golden_inputs(arrays))  # fmt: skip
+    with tempfile.TemporaryDirectory() as name:  # pytest would keep 120 MB of weights
+        folder = write_golden(Path(name), request.param)
+        engine = TransformersEngine.load(folder, device="cpu", dtype="float32")
+        yield SimpleNamespace(case=case, arrays=arrays, engine=engine, folder=folder, ids=ids,
+                              inputs=golden_inputs(arrays))  # fmt: skip
 
 
 def test_every_stored_weight_is_used_and_none_is_made_up(golden, caplog):
@@ -82,13 +93,14 @@ def test_text_before_the_image_does_change_what_the_head_reads(golden):
     assert np.abs(other / depth - 1).max() > 1e-3
 
 
-def test_a_tied_head_may_be_left_out_of_the_file(golden, tmp_path):
-    weights = {name: golden_weight(name, shape) for name, shape in golden.case["shapes"].items()}
+def test_a_tied_head_may_be_left_out_of_the_file(tmp_path):
+    case, arrays = golden_case("mlp")
+    weights = {name: golden_weight(name, shape) for name, shape in case["shapes"].items()}
     weights[EMBEDDING] = weights.pop("lm_head.weight")
-    engine = TransformersEngine.load(write_golden(tmp_path, golden.kind, weights=weights), device="cpu")
+    engine = TransformersEngine.load(write_golden(tmp_path, "mlp", weights=weights), device="cpu")
     assert engine.model.lm_head.weight is engine.model.get_input_embeddings().weight
-    depth = engine.depth_of(golden.ids, golden.inputs)
-    np.testing.assert_allclose(depth, golden.arrays["depth"], rtol=DEPTH_TOLERANCE, atol=0)
+    depth = engine.depth_of(arrays["input_ids"][0].tolist(), golden_inputs(arrays))
+    np.testing.assert_allclose(depth, arrays["depth"], rtol=DEPTH_TOLERANCE, atol=0)
 
 
 @pytest.mark.parametrize("said", [True, False])
@@ -103,6 +115,26 @@ def test_a_language_head_of_its_own_is_kept_whatever_the_config_says(tmp_path, s
     assert torch.equal(engine.model.get_input_embeddings().weight, weights[EMBEDDING])
 
 
-def test_a_dpt_head_is_recognised_by_its_weights_and_reads_each_map(tmp_path):
-    engine = TransformersEngine.load(write_golden(tmp_path, "dpt", config={"depth_head_type": None}), device="cpu")
-    assert engine.info.dense and engine._head_mode == EACH
+@pytest.mark.parametrize("name", ["dpt_odd", "dpt_untied", "mlp_concat", "mlp_sum"])
+def test_other_models_and_batches_give_the_original_programs_numbers(name):
+    cases, arrays = more_cases()
+    case = cases[name]
+    weights = {key: golden_weight(key, shape) for key, shape in case["shapes"].items()}
+    if case["config"]["tie_word_embeddings"]:
+        weights[EMBEDDING] = weights["lm_head.weight"].clone()
+    with tempfile.TemporaryDirectory() as folder:
+        write_golden(Path(folder), "mlp", weights=weights, config=case["config"] | case["head"])
+        engine = TransformersEngine.load(folder, device="cpu", dtype="float32")
+    for row, (ids, thw) in enumerate(zip(case["ids"], case["thw"], strict=True)):
+        inputs = drawn_inputs(row, thw)
+        depth = engine.depth_of(ids, inputs)
+        np.testing.assert_allclose(depth, arrays[f"{name}.depth{row}"], rtol=DEPTH_TOLERANCE, atol=0)
+        with torch.inference_mode():
+            prefix = engine.prefill(ids[:-2], inputs)
+            logits = engine.next_logits(Batch(prefix, [ids[-2:]], torch.device("cpu")))
+        np.testing.assert_allclose(logits[0], arrays[f"{name}.logits"][row], rtol=0, atol=LOGIT_TOLERANCE)
+
+
+def test_a_frame_of_odd_size_goes_through_the_published_widths(golden):
+    depth = golden.engine.depth_map(np.random.default_rng(0).integers(0, 256, (160, 96, 3), dtype=np.uint8))
+    assert depth.shape == (160, 96) and (depth > 0).all()
