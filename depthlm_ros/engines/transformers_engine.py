@@ -190,7 +190,7 @@ class TransformersEngine:
             inputs: one image.
 
         Returns:
-            (H', W') float32 metres.
+            (H', W') float32 metres, computed in float32 whatever the format of the model's weights.
         """
         last = len(ids) - ids[::-1].index(self.processor.image_token_id)
         features = self.image_features(ids[:last], inputs)
@@ -204,7 +204,7 @@ class TransformersEngine:
             inputs: the images.
 
         Returns:
-            (B, N, C) features at the image tokens, row-major over the token grid.
+            (B, N, C) features at the image tokens, row-major over the token grid; (B, 4, N, C) for a DPT head.
         """
         hidden, deepstack, _ = self._forward_images(ids, (inputs,), None)
         at = torch.tensor(ids, device=self._device) == self.processor.image_token_id
