@@ -74,6 +74,8 @@ class DepthResult:
         dialect: the dialect that was spoken.
         answers: the model's raw texts, one for each pixel; empty for the dense dialect.
         timing_s: seconds spent by stage name.
+        shifted: (N,) bool, True where the dialect can't refer to the pixel itself and the depth is that of the nearest
+            pixel it can refer to; `pixels` keeps the asked one.
     """
 
     pixels: np.ndarray
@@ -83,12 +85,15 @@ class DepthResult:
     dialect: str
     answers: tuple[str, ...] = ()
     timing_s: dict[str, float] = field(default_factory=dict)
+    shifted: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         n = len(self.pixels)
+        if self.shifted is None:
+            object.__setattr__(self, "shifted", np.zeros(n, bool))
         if self.pixels.shape != (n, 2):
             raise PixelError(f"pixels have shape {self.pixels.shape}; pass an (N, 2) array of (u, v)")
-        for name in ("depth_m", "confidence", "asked"):
+        for name in ("depth_m", "confidence", "asked", "shifted"):
             if getattr(self, name).shape != (n,):
                 raise PixelError(f"{name} has shape {getattr(self, name).shape} for {n} pixels; it must be ({n},)")
 

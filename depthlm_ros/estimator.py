@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from types import TracebackType
 
@@ -21,7 +22,7 @@ from depthlm_ros.depth import DEPTH_KINDS, DepthResult, ZDepth
 from depthlm_ros.engines import load_engine
 from depthlm_ros.engines.base import Answer, Engine
 from depthlm_ros.errors import ConfigError, PixelError, unknown_choice
-from depthlm_ros.markers import draw_arrow, drawable
+from depthlm_ros.markers import MARGIN_PX, draw_arrow, drawable
 from depthlm_ros.prompts import coordinates_question, dense_question, marker_question, normalise_pixel, parse_depths
 from depthlm_ros.published import readout_pixels
 from depthlm_ros.sampling import sample_pixels, stride_pixels
@@ -31,6 +32,7 @@ from depthlm_ros.unify import undistorted_pixels
 _CHUNK = 256
 DEFAULT_POINTS = 256
 READOUTS = ("exact", "published")
+UNDRAWABLE = ("report", "shift")
 
 Progress = Callable[[int], None]
 
@@ -62,6 +64,7 @@ class Estimator:
         dialect: str | None = None,
         batch_size: int = 64,
         commercial_use: bool = False,
+        depth_kind: str | None = None,
     ) -> Estimator:
         """Loads a model.
 
@@ -73,6 +76,8 @@ class Estimator:
             dialect: spoken when `estimate` isn't told another; None takes the card's.
             batch_size: questions decoded together.
             commercial_use: whether the answers serve a commercial purpose.
+            depth_kind: what the answers are taken for, "z" or "euclidean"; None takes the card's, which for a model
+                that learnt from both is a choice.
 
         Raises:
             LicenceError: `commercial_use` of a model whose licence forbids it.
@@ -81,6 +86,8 @@ class Estimator:
             ConfigError: an unknown value.
         """
         card, source = load_card(model, commercial_use=commercial_use)
+        if depth_kind is not None:
+            card = replace(card, depth_kind=depth_kind)
         _dialect(card, dialect)
         engine = load_engine(source, card, device=device, dtype=dtype, batch_size=batch_size)
         return cls(card, engine, policy, dialect)
@@ -119,6 +126,7 @@ class Estimator:
         dialect: str | None = None,
         progress: Progress | None = None,
         readout: str = "exact",
+        undrawable: str = "report",
     ) -> DepthResult:
         """Measures z-depth at pixels of one image.
 
@@ -130,6 +138,9 @@ class Estimator:
             progress: called with the number of points that were just answered.
             readout: where a dense map is read: "exact", at the pixel itself between its neighbours, or "published",
                 where DepthVLM's evaluation reads it (`published.readout_pixels`), for comparing scores.
+            undrawable: what becomes of points too close to the view's border for the marker: "report" leaves them
+                unasked, "shift" asks the nearest pixel that can carry it, at most 6 px of the view away in each
+                direction, and says so in `shifted`.
 
         Returns:
             A row for each pixel, in their order; pixels that the dialect can't refer to have `asked` False.
@@ -140,11 +151,13 @@ class Estimator:
         Raises:
             ImageError, CameraError, PixelError: bad input.
             DialectError: the model doesn't speak the dialect.
-            ConfigError: a `readout` that this model, policy or dialect doesn't have.
+            ConfigError: a `readout` that this model, policy or dialect doesn't have, or an unknown `undrawable`.
             EngineError: the engine failed.
         """
         dialect = self.card.require_dialect(dialect or self.default_dialect)
         self._check_readout(readout, dialect)
+        if undrawable not in UNDRAWABLE:
+            raise ConfigError(unknown_choice("undrawable", undrawable, UNDRAWABLE))
         if pixels is None:
             whole = dialect == "dense"
             pixels = stride_pixels(camera.width, camera.height, 1) if whole else sample_pixels(
@@ -155,6 +168,9 @@ class Estimator:
             view = unify(image, camera, self.card.focal_px, self.policy, self.engine.grid, self.card.system)
             at = view.from_source(pixels)
             asked = view.inside(at)
+            shifted = np.zeros(len(pixels), bool)
+            if dialect == "marker":
+                at, asked, shifted = _marker_places(view, at, asked, undrawable)
         ask = {"dense": self._dense, "coordinates": self._coordinates, "marker": self._marker}[dialect]
         if readout == "published":
             on_map = readout_pixels(undistorted_pixels(camera, pixels), camera, self.card.focal_px)
@@ -162,7 +178,7 @@ class Estimator:
         metres, confidence, asked, answers = ask(view, at, asked, clock, progress or _no_progress)
         with clock("geometry"):
             answered = DEPTH_KINDS[self.card.depth_kind](metres)
-            z = answered if isinstance(answered, ZDepth) else answered.to_z(camera.rays(pixels))
+            z = answered if isinstance(answered, ZDepth) else answered.to_z(_rays(camera, view, pixels, at, shifted))
             good = np.isfinite(z.metres) & asked
         return DepthResult(
             pixels=pixels,
@@ -172,7 +188,27 @@ class Estimator:
             dialect=dialect,
             answers=answers,
             timing_s=clock.seconds,
+            shifted=shifted,
         )
+
+    def askable(
+        self, image: np.ndarray, camera: Camera, pixels: np.ndarray, *, dialect: str | None = None
+    ) -> np.ndarray:
+        """(N,) bool: pixels that `estimate` would put a question about, without asking any.
+
+        Pixels that are not on the image are not askable, where `estimate` refuses them.
+
+        Args:
+            image: (H, W, 3) uint8 RGB.
+            camera: intrinsics of `image`.
+            pixels: (N, 2) `(u, v)`.
+            dialect: one of `dialects`; None takes the default.
+        """
+        dialect = self.card.require_dialect(dialect or self.default_dialect)
+        view = unify(image, camera, self.card.focal_px, self.policy, self.engine.grid, self.card.system)
+        at = view.from_source(pixels)
+        asked = camera.contains(pixels) & view.inside(at)
+        return asked & drawable(np.rint(at), view.camera.width, view.camera.height) if dialect == "marker" else asked
 
     def close(self) -> None:
         """Frees the model's memory."""
@@ -229,15 +265,12 @@ class Estimator:
         return self._read(answers, rows, asked)
 
     def _marker(self, view: UnifiedView, at: np.ndarray, asked: np.ndarray, clock: _Clock, progress: Progress):
-        # The exact policy gives sub-pixel places; an arrow points at whole pixels.
-        whole = np.rint(at)
-        asked = asked & drawable(whole, view.camera.width, view.camera.height)
         rows = np.flatnonzero(asked)
         answers: list[Answer] = []
         for start in range(0, len(rows), _CHUNK):
             some = rows[start : start + _CHUNK]
             with clock("marker"):
-                images = [draw_arrow(view.image, (u, v)) for u, v in whole[some].astype(int).tolist()]
+                images = [draw_arrow(view.image, (u, v)) for u, v in at[some].astype(int).tolist()]
             with clock("model"):
                 questions = [marker_question()] * len(images)
                 answers += self.engine.answer_each(images, questions, self.card.max_new_tokens)
@@ -269,6 +302,33 @@ class _Clock:
             yield
         finally:
             self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+
+
+def _marker_places(
+    view: UnifiedView, at: np.ndarray, asked: np.ndarray, undrawable: str
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Whole view pixels to be marked, which of them can be, and which aren't the asked ones."""
+    width, height = view.camera.width, view.camera.height
+    # The exact policy gives sub-pixel places; an arrow points at whole pixels.
+    whole = np.rint(at)
+    shifted = np.zeros(len(at), bool)
+    if undrawable == "shift":
+        within = np.clip(whole, MARGIN_PX, (width - MARGIN_PX - 1, height - MARGIN_PX - 1))
+        # A pixel of the last column may land just off the view; what lands farther off isn't near its border.
+        shifted = (within != whole).any(axis=1) & (np.abs(within - whole) <= MARGIN_PX + 1).all(axis=1)
+        shifted &= drawable(within, width, height)
+        whole = np.where(shifted[:, None], within, whole)
+    return whole, (asked | shifted) & drawable(whole, width, height), shifted
+
+
+def _rays(
+    camera: Camera, view: UnifiedView, pixels: np.ndarray, at: np.ndarray, shifted: np.ndarray
+) -> np.ndarray:
+    """(N, 3) rays along which distances were measured: of the pixels that were marked where they aren't the asked."""
+    rays = camera.rays(pixels)
+    if shifted.any():
+        rays[shifted] = view.camera.rays(at[shifted])
+    return rays
 
 
 def _no_progress(_: int) -> None:

@@ -7,12 +7,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from depthlm_ros.camera import Camera, unify
+from depthlm_ros.camera import Camera, Distortion, unify
 from depthlm_ros.cards import load_card
 from depthlm_ros.depth import EuclideanDistance
 from depthlm_ros.engines import load_engine
 from depthlm_ros.engines.base import Answer, EngineInfo, ImageGrid
-from depthlm_ros.errors import CameraError, DialectError, LicenceError, PixelError
+from depthlm_ros.errors import CameraError, ConfigError, DialectError, LicenceError, PixelError
 from depthlm_ros.estimator import Estimator
 from depthlm_ros.markers import draw_arrow
 from depthlm_ros.prompts import answer_text, coordinates_question, normalise_pixel
@@ -124,6 +124,38 @@ def test_points_that_the_border_rule_forbids_stay_as_not_asked(image):
     assert result.asked.tolist() == [True, False, False]
     assert np.isnan(result.depth_m[1:]).all() and (result.confidence[1:] == 0).all()
     assert len(estimator.engine.images) == 1
+
+
+def test_points_too_near_the_border_may_be_asked_at_the_nearest_pixel_that_carries_the_arrow(image):
+    estimator = marker_parrot()
+    pixels = np.array([[64, 48], [0, 0], [127, 95], [1, 40]], np.float32)
+    result = estimator.estimate(image, CAMERA, pixels, undrawable="shift")
+    assert result.shifted.tolist() == [False, True, True, True]
+    assert result.asked.all() and result.valid.all()
+    np.testing.assert_array_equal(result.pixels, pixels)
+    view = unify(image, CAMERA, 160.0, "published")
+    width, height = view.camera.width, view.camera.height
+    nearest = [(5, 5), (width - 6, height - 6), (5, int(view.from_source(pixels)[3, 1]))]
+    for shown, place in zip(estimator.engine.images[1:], nearest, strict=True):
+        np.testing.assert_array_equal(shown, draw_arrow(view.image, place))
+
+
+def test_a_distance_is_turned_into_depth_along_the_ray_of_the_pixel_that_was_marked(image):
+    estimator = parrot(answer_text(2.0), card="depthlm-12b", policy="exact", depth_kind="euclidean")
+    result = estimator.estimate(image, CAMERA, np.array([[0, 0]], np.float32), undrawable="shift")
+    ray = unify(image, CAMERA, 160.0, "exact", Parrot.grid).camera.rays(np.array([5.0, 5.0]))
+    assert result.depth_m[0] == pytest.approx(2.0 / np.linalg.norm(ray), rel=1e-6)
+
+
+def test_nothing_is_shifted_unless_wanted_and_never_far(image):
+    estimator, corner = marker_parrot(), np.array([[0, 0]], np.float32)
+    assert not estimator.estimate(image, CAMERA, corner).shifted.any()
+    bent = replace(CAMERA, distortion=Distortion("plumb_bob", (-0.3, 0.0, 0.0, 0.0, 0.0)))
+    assert (unify(image, bent, 160.0, "published").from_source(corner) < -1).any()
+    far = estimator.estimate(image, bent, corner, undrawable="shift")
+    assert not far.shifted.any() and not far.asked.any()
+    with pytest.raises(ConfigError, match="unknown undrawable 'shfit'; did you mean 'shift'"):
+        estimator.estimate(image, CAMERA, corner, undrawable="shfit")
 
 
 def test_euclidean_answers_become_z_depth(image):
