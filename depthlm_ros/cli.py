@@ -9,8 +9,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from depthlm_ros import cli_tasks, config
-from depthlm_ros.cli_inputs import add_camera_arguments, camera_of, focal_px
-from depthlm_ros.errors import DepthLMError, ImageError, MissingDependencyError
+from depthlm_ros.cli_inputs import (
+    add_answer_kind_argument,
+    add_camera_arguments,
+    add_licence_argument,
+    camera_of,
+    focal_px,
+)
+from depthlm_ros.errors import ConfigError, DatasetError, DepthLMError, ImageError, MissingDependencyError
+from depthlm_ros.protocols import PROTOCOLS, PUBLISHED_SAMPLES
 
 MODEL_SETTINGS = ("model", "dialect", "policy", "device", "dtype", "batch_size")
 PIXEL_SETTINGS = ("points", "stride", "sampling")
@@ -71,16 +78,30 @@ def _add_estimate(commands) -> None:
         help="also write the depth image: .npy (float32 metres, NaN unknown) or .png (16 bits, millimetres, 0 unknown)",
     )
     add_camera_arguments(parser, "give --fx or --fov-deg; depth in metres depends on it")
-    config.add_arguments(parser.add_argument_group("model"), MODEL_SETTINGS)
+    _add_model(parser, MODEL_SETTINGS)
     config.add_arguments(parser.add_argument_group("pixels"), (*PIXEL_SETTINGS, *FILTERS))
     parser.set_defaults(run=_estimate)
+
+
+def _add_model(parser: argparse.ArgumentParser, settings: tuple[str, ...]) -> None:
+    """The options of commands that load the model in this process."""
+    group = parser.add_argument_group("model")
+    config.add_arguments(group, settings)
+    add_licence_argument(group)
+    add_answer_kind_argument(group)
+
+
+def _load(arguments: argparse.Namespace, parameters: config.Parameters):
+    from depthlm_ros.estimator import Estimator
+
+    own = {"commercial_use": arguments.commercial_use, "depth_kind": arguments.answer_kind}
+    return Estimator.load(**{**parameters.load_arguments(), **own})
 
 
 def _estimate(arguments: argparse.Namespace) -> int:
     import numpy as np
     from tqdm import tqdm
 
-    from depthlm_ros.estimator import Estimator
     from depthlm_ros.photographs import read_photograph
     from depthlm_ros.ply import write_ply
     from depthlm_ros.queries import depth_image, keep_good, plan_query
@@ -90,7 +111,7 @@ def _estimate(arguments: argparse.Namespace) -> int:
         raise ImageError(f"depth file {arguments.depth} has suffix {arguments.depth.suffix!r}; use .npy or .png")
     image = read_photograph(arguments.image, upright=True)
     camera = camera_of(arguments, image.shape[1], image.shape[0])
-    estimator = Estimator.load(**parameters.load_arguments())
+    estimator = _load(arguments, parameters)
     for line in estimator.describe():
         print(line)
     dialect = parameters.dialect or estimator.card.default_dialect
@@ -216,33 +237,79 @@ def _add_evaluate(commands) -> None:
     parser.add_argument("source", type=Path, metavar="LABELS|BAG", help="a labels file (.jsonl) or a recording")
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="FOLDER", help=f"results (default {RESULTS})")
     parser.add_argument("--seed", type=int, default=0, help="of the choice among many labels (default 0)")
+    protocol = parser.add_argument_group("published protocols")
+    protocol.add_argument(
+        "--protocol",
+        choices=PROTOCOLS,
+        help="ask and count as a published evaluation does: DepthLM's dataset_eval or dataset_inference, whose "
+        "metric's verdict is printed beside our stricter parser's, or DepthVLM-Bench's mean over images",
+    )
+    protocol.add_argument(
+        "--samples",
+        type=int,
+        help="only the first questions of the protocol (depthvlm_bench: images), 0 for all; default: as published, "
+        f"{PUBLISHED_SAMPLES} questions or all images",
+    )
     _add_reader_options(parser)
-    config.add_arguments(parser.add_argument_group("model"), (*MODEL_SETTINGS, "points"))
+    _add_model(parser, (*MODEL_SETTINGS, "points"))
     parser.set_defaults(run=_evaluate)
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    from depthlm_ros.estimator import Estimator
+    from depthlm_ros import benchmark
     from depthlm_ros.evaluate import evaluate, labelled
     from depthlm_ros.report import summary, write_report
 
     parameters = config.from_arguments(arguments)
     reader = {"images": arguments.images, "depths": arguments.depths, "depth_kind": arguments.depth_kind}
+    dialect = parameters.dialect or None
     with _mentioning_earlier_report(arguments.out):
+        _check_protocol(arguments)
         labelled(arguments.source, **reader)
-        with Estimator.load(**parameters.load_arguments()) as estimator:
-            run = evaluate(
-                arguments.source,
-                estimator,
-                dialect=parameters.dialect or None,
-                points=parameters.points,
-                seed=arguments.seed,
-                **reader,
-            )
+        with _load(arguments, parameters) as estimator:
+            for assumption in estimator.card.assumptions:
+                print(f"assumed: {assumption}")
+            if arguments.protocol:
+                run = benchmark.run_protocol(
+                    arguments.source,
+                    estimator,
+                    arguments.protocol,
+                    samples=arguments.samples,
+                    dialect=dialect,
+                    **reader,
+                )
+            else:
+                run = evaluate(
+                    arguments.source,
+                    estimator,
+                    dialect=dialect,
+                    points=parameters.points,
+                    seed=arguments.seed,
+                    **reader,
+                )
     print(summary(run))
+    if arguments.protocol:
+        print(benchmark.summary(run))
     for path in write_report(arguments.out, run):
         print(f"wrote {path}")
     return 1 if run.broke_off else 0
+
+
+def _check_protocol(arguments: argparse.Namespace) -> None:
+    from depthlm_ros.benchmark import check_protocol
+
+    if arguments.protocol is None:
+        if arguments.samples is not None:
+            raise ConfigError(f"--samples {arguments.samples} counts a protocol's questions; name one with --protocol")
+        return
+    if arguments.samples is not None and arguments.samples < 0:
+        raise ConfigError(f"--samples is {arguments.samples}; give 0 for all, or how many")
+    for name in ("points", "seed"):
+        if getattr(arguments, name):
+            raise ConfigError(f"--{name} {getattr(arguments, name)} has no meaning with --protocol; leave it out")
+    if arguments.source.suffix != ".jsonl":
+        raise DatasetError(f"--protocol needs a labels file (.jsonl), not {arguments.source}")
+    check_protocol(arguments.protocol)
 
 
 def _add_reader_options(parser: argparse.ArgumentParser) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from depthlm_ros import config
-from depthlm_ros.cli_inputs import add_camera_arguments, camera_of, numbers
+from depthlm_ros.cli_inputs import add_camera_arguments, add_licence_argument, camera_of, numbers
 from depthlm_ros.errors import CameraError, ConfigError, ImageError, PixelError
 
 SETTINGS = ("model", "policy", "device", "dtype", "batch_size")
@@ -243,6 +243,7 @@ def cameras_of_pair(arguments: argparse.Namespace, size_a: tuple[int, int], size
 def _add_model(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     config.add_arguments(group, SETTINGS)
+    add_licence_argument(group)
     group.add_argument(
         "--force", action="store_true", help="ask even if the model's card doesn't name the task; for experiments"
     )
@@ -270,8 +271,9 @@ def _assistant(arguments: argparse.Namespace, task: str | None):
 
     parameters = config.from_arguments(arguments)
     if task is not None and not arguments.force:
-        load_card(parameters.model)[0].require_task(task)
-    return Assistant(Estimator.load(**parameters.load_arguments()), force=arguments.force)
+        load_card(parameters.model, commercial_use=arguments.commercial_use)[0].require_task(task)
+    loading = {**parameters.load_arguments(), "commercial_use": arguments.commercial_use}
+    return Assistant(Estimator.load(**loading), force=arguments.force)
 
 
 def _plain(values):

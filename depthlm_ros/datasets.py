@@ -119,6 +119,29 @@ class LabelledImages:
                 f"{where}: a value has the wrong type or shape ({error}); compare it with line 1"
             ) from error
 
+    def row(self, index: int, *needed: str) -> dict:
+        """A row as it stands in the file, for protocols that count by it.
+
+        Raises:
+            DatasetError: it lacks one of the `needed` keys.
+        """
+        row = self._rows[index]
+        if missing := [key for key in needed if key not in row]:
+            raise DatasetError(
+                f"{self.path}:{index + 1}: key {missing[0]!r} is missing; this needs {', '.join(needed)} in every row"
+            )
+        return dict(row)
+
+    def raw_depth(self, index: int) -> np.ndarray:
+        """(h, w) float32 metres of a DepthVLM row's depth map, 0 where unknown, no mask applied.
+
+        Raises:
+            DatasetError: the row has no depth map, or its file can't be read.
+        """
+        where = f"{self.path}:{index + 1}"
+        row = self.row(index, "depth_path", "depth_scale")
+        return _read_depth(_find(row["depth_path"], self._depths, where, "--depths"), row, where)
+
     def _depthlm(self, row: dict, where: str) -> LabelledImage:
         image = _read_image(_find(row["image"], self._images, where, "--images"))
         height, width = image.shape[:2]
@@ -126,13 +149,18 @@ class LabelledImages:
         if len(intrinsics) != 6:
             raise DatasetError(f"{where}: intrinsics are {intrinsics}; give [fx, fy, cx, cy, width, height]")
         fx, fy, cx, cy = (float(value) for value in intrinsics[:4])
+        notes = ()
+        if fx == 0 or fy == 0:
+            # DepthLM's readers do so too.
+            fx, fy = fx or fy, fy or fx
+            notes = ("a focal length of 0 was taken to be the other one",)
         if (width, height) != (int(intrinsics[4]), int(intrinsics[5])):
             raise DatasetError(
                 f"{where}: the image is {width}x{height} but its intrinsics are for {intrinsics[4]}x{intrinsics[5]}; "
                 "scale the intrinsics to the image or put the right image there"
             )
         camera = Camera(fx, fy, cx, cy, width, height)
-        return self._labelled(row["image"], image, camera, _points(row, where), _values(row), ())
+        return self._labelled(row["image"], image, camera, _points(row, where), _values(row), notes)
 
     def _depthvlm(self, row: dict, where: str) -> LabelledImage:
         image = _read_image(_find(row["image"], self._images, where, "--images"))

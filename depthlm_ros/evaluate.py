@@ -372,7 +372,20 @@ def evaluate(
     if not tally.frames:
         error = DatasetError if source.suffix == ".jsonl" else BagError
         raise error(f"{source} has {total} images but not one with a true depth; there is nothing to score against")
-    figures = {
+    return finished(f"Evaluation on {source.name}", estimator, dialect, tally, notes, failures)
+
+
+def finished(
+    title: str,
+    estimator,
+    dialect: str,
+    tally: Tally,
+    notes: Iterable[str] = (),
+    failures: Iterable[str] = (),
+    figures: dict[str, float | int | str] | None = None,
+) -> Run:
+    """The run of an estimator in this process, once its frames are tallied; `figures` come before the usual ones."""
+    counted = {
         "frames": len(tally.frames),
         "points": sum(frame["points"] for frame in tally.frames),
         "points_per_second": tally.points_per_second(),
@@ -388,9 +401,9 @@ def evaluate(
         **machine(),
     }
     return Run(
-        f"Evaluation on {source.name}",
+        title,
         tally,
-        figures,
+        {**(figures or {}), **counted},
         environment,
         (*notes, *dialect_notes(dialect), *(line for line in estimator.describe() if line != estimator.card.about)),
         about_model=estimator.card.about,
