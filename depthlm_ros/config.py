@@ -135,6 +135,11 @@ class Parameters:
     dtype: str = _setting(
         "auto", "Number format of the weights while computing.", choices=("auto", "float32", "bfloat16", "float16")
     )
+    commercial_use: bool = _setting(
+        False,
+        "The answers serve a commercial purpose: a model whose licence forbids that, or isn't known, is refused with "
+        "the reason.",
+    )
     batch_size: int = _setting(64, "Questions answered together; smaller takes less memory.", low=1, high=4096)
     points: int = _setting(
         0,
@@ -162,12 +167,45 @@ class Parameters:
         0.0, "Answers with less confidence are left out; 0 keeps all.", low=0.0, high=1.0, dynamic=True
     )
     max_depth_m: float = _setting(
-        0.0, "Depths beyond this many metres are left out; 0 keeps all.", low=0.0, high=10_000.0, dynamic=True
+        0.0,
+        "Depths beyond this many metres (sky, far ground) are left out: NaN in the depth image and in organised "
+        "clouds, absent from other clouds; 0 keeps all.",
+        low=0.0,
+        high=10_000.0,
+        dynamic=True,
+    )
+    undrawable: str = _setting(
+        "report",
+        "Points too near the border for the marker (5 pixels of the image as the model sees it): report counts them "
+        "as not askable in the diagnostics, they get no depth; shift asks the nearest pixel that can carry the marker "
+        "(at most 6 away in each direction), takes its depth for the asked pixel and counts it.",
+        choices=("report", "shift"),
+        dynamic=True,
     )
     organised: bool = _setting(
         False,
         "Publish the stride grid as an organised cloud (height x width, NaN where there is no depth) instead of a "
         "list of the pixels that have a depth. Needs `points` 0 and the dense dialect; a list is published otherwise.",
+        dynamic=True,
+    )
+    relative_pose: bool = _setting(
+        False,
+        "Publish on `relative_pose` where the camera is, seen from where it was at the frame before. For models whose "
+        "card has the task pose.",
+    )
+    answer_tokens: int = _setting(
+        256,
+        "Longest answer to a question on `~/ask`, in tokens. A frame that comes meanwhile waits for it.",
+        low=1,
+        high=4096,
+        dynamic=True,
+    )
+    question_timeout_s: float = _setting(
+        5.0,
+        "How long a question waits for a frame before it gets an error, and how much older than the question a frame "
+        "may be to be asked about.",
+        low=0.1,
+        high=3600.0,
         dynamic=True,
     )
     rectified: bool = _setting(
@@ -220,6 +258,7 @@ class Parameters:
             "policy": self.policy or None,
             "dialect": self.dialect or None,
             "batch_size": self.batch_size,
+            "commercial_use": self.commercial_use,
         }
 
 

@@ -46,11 +46,26 @@ class Monitor:
         self._unanswered = 0
         self._failed = 0
         self._failed_before = self._processed_before = 0
+        self._unaskable = self._shifted = 0
+        self._questions = self._poses = self._poses_unread = 0
+        self._unanswered_questions = self._unanswered_questions_before = 0
         self._last_error = ""
 
-    def frame_done(self, timing_s: dict[str, float], asked: int, answered: int) -> None:
-        """Notes a frame that went well: seconds by stage, points asked and answered."""
+    def frame_done(
+        self, timing_s: dict[str, float], asked: int, answered: int, unaskable: int = 0, shifted: int = 0
+    ) -> None:
+        """Notes a frame that went well.
+
+        Args:
+            timing_s: seconds by stage.
+            asked: points that a question was put about.
+            answered: those of them that got a depth.
+            unaskable: points that the dialect can't refer to.
+            shifted: those of the asked that were asked at another pixel.
+        """
         with self._lock:
+            self._unaskable += unaskable
+            self._shifted += shifted
             self._finished.append(self._clock())
             self._timings.append(timing_s)
             self._processed += 1
@@ -62,6 +77,24 @@ class Monitor:
         with self._lock:
             self._failed += 1
             self._last_error = f"{type(error).__name__}: {error}"
+
+    def questions_answered(self, seconds: float, count: int) -> None:
+        """Notes questions that were answered together, and how long that took."""
+        with self._lock:
+            self._questions += count
+            self._timings.append({"question": seconds})
+
+    def question_unanswered(self, reason: str) -> None:
+        """Notes a question that got an error instead of an answer."""
+        with self._lock:
+            self._unanswered_questions += 1
+            self._last_error = reason
+
+    def pose_done(self, read: bool) -> None:
+        """Notes a relative pose, and whether the answers could be read."""
+        with self._lock:
+            self._poses += read
+            self._poses_unread += not read
 
     def note(self, error: str) -> None:
         """Notes an error that isn't about one frame."""
@@ -83,6 +116,8 @@ class Monitor:
             failed_now = self._failed - self._failed_before
             processed_now = self._processed - self._processed_before
             self._failed_before, self._processed_before = self._failed, self._processed
+            refused_now = self._unanswered_questions - self._unanswered_questions_before
+            self._unanswered_questions_before = self._unanswered_questions
             values = {
                 "frames received": str(received),
                 "frames processed": str(self._processed),
@@ -91,7 +126,13 @@ class Monitor:
                 "fps": f"{recent / min(_WINDOW_S, max(1.0, now - self._started)):.2f}",
                 "points asked": str(self._asked),
                 "points unanswered": str(self._unanswered),
+                "points not askable": str(self._unaskable),
+                "points shifted": str(self._shifted),
+                "questions answered": str(self._questions),
+                "questions unanswered": str(self._unanswered_questions),
             }
+            if self._poses or self._poses_unread:
+                values |= {"poses told": str(self._poses), "poses not readable": str(self._poses_unread)}
             for stage in dict.fromkeys(stage for timing in self._timings for stage in timing):
                 seconds = [timing[stage] for timing in self._timings if stage in timing]
                 values[f"latency {stage} ms"] = f"{1000 * sum(seconds) / len(seconds):.1f}"
@@ -100,6 +141,8 @@ class Monitor:
         if failed_now:
             level = "warn" if processed_now else "error"
             return Status(level, f"{failed_now} frames failed since the last report: {last_error}", values)
+        if refused_now:
+            return Status("warn", f"{refused_now} questions unanswered since the last report: {last_error}", values)
         if warnings:
             return Status("warn", "; ".join(warnings), values)
         return Status("ok", state, values)

@@ -1,11 +1,12 @@
-"""`depth_node`: images in, metric point clouds out.
+"""`depth_node`: images in, metric point clouds out; questions about the newest image in, answers out.
 
     ros2 run depthlm_ros depth_node --ros-args -r image:=/camera/image_raw
     python -m depthlm_ros.node --ros-args -r image:=/camera/image_raw -p points:=400
 
 The executor's thread only moves messages; decoding, inference and publishing happen in the worker's thread, so that
-parameters, lifecycle and shutdown answer while a frame is in work. The image is subscribed to only while
-somebody listens to `points`, `depth` or `overlay`.
+parameters, lifecycle and shutdown answer while a frame is in work. One model and one thread do it all: the newest frame
+first, questions (`question_topics.py`) between frames. The image is subscribed to only while somebody listens to
+`points`, `depth`, `overlay` or `relative_pose`, or asks.
 """
 
 from __future__ import annotations
@@ -28,18 +29,20 @@ from rclpy.event_handler import PublisherEventCallbacks, SubscriptionEventCallba
 from rclpy.executors import ExternalShutdownException
 from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
 from rclpy.parameter import Parameter
+from rclpy.qos import QoSProfile
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image
 
 from depthlm_ros import qos
-from depthlm_ros.camera import camera_from_info
 from depthlm_ros.config import NODE_NAME, Parameters
-from depthlm_ros.errors import CameraError, ConfigError, DepthLMError, DialectError
-from depthlm_ros.messages import decode_compressed, decode_image, header_stamp_ns
+from depthlm_ros.depth import Frame
+from depthlm_ros.errors import CameraError, ConfigError, DepthLMError
+from depthlm_ros.inference import Inference, check_model, spoken_dialect
+from depthlm_ros.messages import header_stamp_ns
 from depthlm_ros.middleware import use_large_message_profile
 from depthlm_ros.monitor import Monitor
-from depthlm_ros.outputs import OUTPUTS, build_outputs, diagnostics_message
+from depthlm_ros.outputs import DEPTH_OUTPUTS, POSE_OUTPUT, build_outputs, diagnostics_message, pose_message
 from depthlm_ros.pairing import Pairing
-from depthlm_ros.queries import keep_good, plan_query
+from depthlm_ros.question_topics import QuestionTopics
 from depthlm_ros.ros_parameters import changed, declare
 from depthlm_ros.topics import compressed_topic, sibling_topic
 from depthlm_ros.worker import Counts, Worker
@@ -53,7 +56,12 @@ _DIAGNOSTICS_S = 1.0
 # A camera can fail thirty times a second; a person reads one line of it.
 _LOG_INTERVAL_S = 5.0
 
+# Topics that depth is measured for; depth/camera_info alone is nothing to measure for.
+_DEPTH_TOPICS = ("points", "depth", "overlay")
+
 EstimatorFactory = Callable[[Parameters], "Estimator"]
+# An image message and its CameraInfo, None where there is none.
+Pair = tuple[Any, "CameraInfo | None"]
 
 
 def load_estimator(parameters: Parameters) -> Estimator:
@@ -68,16 +76,6 @@ def load_estimator(parameters: Parameters) -> Estimator:
     if parameters.cpu_threads:
         limit_cpu_threads(parameters.cpu_threads)
     return Estimator.load(**parameters.load_arguments())
-
-
-def _spoken_dialect(estimator: Estimator, parameters: Parameters) -> str:
-    dialect = parameters.dialect or estimator.card.default_dialect
-    if dialect not in estimator.dialects:
-        raise DialectError(
-            f"model {parameters.model} doesn't speak {dialect!r}; choose one of {', '.join(estimator.dialects)}, "
-            "or leave dialect empty for its default"
-        )
-    return dialect
 
 
 class DepthNode(LifecycleNode):
@@ -99,7 +97,8 @@ class DepthNode(LifecycleNode):
         self.add_post_set_parameters_callback(self._take_parameters)
 
         self._estimator: Estimator | None = None
-        self._worker: Worker[tuple[Any, CameraInfo | None]] | None = None
+        self._worker: Worker[Pair] | None = None
+        self._questions: QuestionTopics | None = None
         self._pairing: Pairing[Any, CameraInfo] = Pairing()
         self._monitor = Monitor()
         self._outputs: dict[str, Any] = {}
@@ -156,7 +155,7 @@ class DepthNode(LifecycleNode):
         self.get_logger().info(f"loading model {self.parameters.model}")
         try:
             self._estimator = self._load(self.parameters)
-            _spoken_dialect(self._estimator, self.parameters)
+            check_model(self._estimator, self.parameters)
         except DepthLMError as error:
             self._drop_estimator()
             self._monitor.note(f"{type(error).__name__}: {error}")
@@ -169,8 +168,18 @@ class DepthNode(LifecycleNode):
         for line in self._estimator.describe():
             self.get_logger().info(line)
         self._monitor = Monitor()
-        self._worker = Worker(functools.partial(self._work, self._estimator), self._frame_failed, self._estimator.close)
-        self._outputs = {name: self._create_output(kind, name) for name, kind in OUTPUTS.items()}
+        inference = Inference(self._estimator)
+        self._questions = QuestionTopics(
+            self, inference, functools.partial(self._decode, inference), self._monitor, lambda: self._worker.wake()
+        )
+        self._worker = Worker(
+            functools.partial(self._work, inference),
+            self._frame_failed,
+            self._estimator.close,
+            next_job=self._questions.next_job,
+        )
+        kinds = DEPTH_OUTPUTS | (POSE_OUTPUT if self.parameters.relative_pose else {})
+        self._outputs = {name: self.offer(kind, name, qos.output_qos()) for name, kind in kinds.items()}
         return super().on_configure(state)
 
     def on_activate(self, state: LifecycleState) -> TransitionCallbackReturn:
@@ -183,7 +192,10 @@ class DepthNode(LifecycleNode):
             self.get_logger().warning(
                 f"{image} looks rectified, but K and D of {info} will be used; set -p rectified:=true if it is"
             )
-        self.get_logger().info(f"ready: image {image}, camera_info {info}, points {self._outputs['points'].topic_name}")
+        self._questions.open()
+        asked = ", ".join(subscription.topic_name for subscription in self._questions.subscriptions)
+        points = self._outputs["points"].topic_name
+        self.get_logger().info(f"ready: image {image}, camera_info {info}, points {points}, questions {asked}")
         return super().on_activate(state)
 
     def on_deactivate(self, state: LifecycleState) -> TransitionCallbackReturn:
@@ -216,6 +228,8 @@ class DepthNode(LifecycleNode):
         with self._publishing:
             self._activation += 1
         self._unsubscribe()
+        if self._questions is not None:
+            self._questions.close()
         if self._worker is not None:
             self._worker.clear()
 
@@ -223,6 +237,9 @@ class DepthNode(LifecycleNode):
         for publisher in self._outputs.values():
             self.destroy_lifecycle_publisher(publisher)
         self._outputs = {}
+        if self._questions is not None:
+            self._questions.destroy()
+        self._questions = None
         if self._worker is not None:
             # The worker closes the estimator after the frame in work.
             self._worker.stop()
@@ -241,7 +258,7 @@ class DepthNode(LifecycleNode):
         try:
             proposed = changed(self.parameters, updates, configured=self._estimator is not None)
             if self._estimator is not None:
-                _spoken_dialect(self._estimator, proposed)
+                check_model(self._estimator, proposed)
         except DepthLMError as error:
             return SetParametersResult(successful=False, reason=str(error))
         return SetParametersResult(successful=True)
@@ -264,23 +281,25 @@ class DepthNode(LifecycleNode):
         remapped = info != self.resolve_topic_name("camera_info", only_expand=True)
         return image, info if remapped else sibling_topic(image, "camera_info", self.parameters.compressed)
 
-    def _create_output(self, kind: type, name: str) -> Any:
+    def offer(self, kind: type, name: str, profile: QoSProfile) -> Any:
+        """Makes a lifecycle publisher whose subscribers are told why they hear nothing."""
+        topic = self.resolve_topic_name(name)
         return self.create_lifecycle_publisher(
             kind,
             name,
-            qos.output_qos(),
-            event_callbacks=PublisherEventCallbacks(
-                incompatible_qos=lambda _event: self._mismatched.add(self.resolve_topic_name(name))
-            ),
+            profile,
+            event_callbacks=PublisherEventCallbacks(incompatible_qos=lambda _event: self._mismatched.add(topic)),
             qos_overriding_options=qos.overriding_options(),
         )
 
-    def _create_input(self, kind: type, topic: str, callback: Callable[[Any], None]) -> Any:
+    def hear(self, kind: type, name: str, callback: Callable[[Any], None], profile: QoSProfile) -> Any:
+        """Makes a subscription whose publishers are told why they aren't heard."""
+        topic = self.resolve_topic_name(name)
         return self.create_subscription(
             kind,
-            topic,
+            name,
             callback,
-            qos.sensor_qos(),
+            profile,
             event_callbacks=SubscriptionEventCallbacks(incompatible_qos=lambda _event: self._mismatched.add(topic)),
             qos_overriding_options=qos.overriding_options(),
         )
@@ -290,8 +309,8 @@ class DepthNode(LifecycleNode):
         kind = CompressedImage if self.parameters.compressed else Image
         # camera_info first: where it is latched it is there when the first image comes.
         self._inputs = [
-            self._create_input(CameraInfo, info, self._on_info),
-            self._create_input(kind, image, self._on_image),
+            self.hear(CameraInfo, info, self._on_info, qos.sensor_qos()),
+            self.hear(kind, image, self._on_image, qos.sensor_qos()),
         ]
 
     def _unsubscribe(self) -> None:
@@ -299,59 +318,110 @@ class DepthNode(LifecycleNode):
             self.destroy_subscription(subscription)
         self._inputs = []
         self._pairing.clear()
+        if self._questions is not None:
+            self._questions.new_frame(None)
 
     # On the executor's thread
 
     def _on_info(self, message: CameraInfo) -> None:
         pair = self._pairing.add_info(header_stamp_ns(message.header), message)
         if pair is not None:
-            self._worker.submit(pair)
+            self._take(pair)
 
     def _on_image(self, message: Image | CompressedImage) -> None:
         for pair in self._pairing.add_image(header_stamp_ns(message.header), message, time.monotonic_ns()):
-            self._worker.submit(pair)
+            self._take(pair)
 
-    def _keep_house(self) -> None:
-        if self._active:
-            self._listened = frozenset(n for n, output in self._outputs.items() if output.get_subscription_count())
-        wanted = not self._listened.isdisjoint(("points", "depth", "overlay"))
+    def _take(self, pair: Pair) -> None:
+        self._questions.new_frame(pair)
+        if self._wanted():
+            self._worker.submit(pair)
+        else:
+            self._worker.wake()
+
+    def _wanted(self) -> frozenset[str]:
+        """Topics that somebody listens to and that this model has something for."""
+        has_depth = self._estimator is not None and bool(self._estimator.dialects)
+        return self._listened.intersection(("relative_pose", *_DEPTH_TOPICS) if has_depth else ("relative_pose",))
+
+    def tend_inputs(self) -> None:
+        """Subscribes to the image while somebody listens or asks, and only then."""
+        wanted = self._active and (bool(self._wanted()) or self._questions.want_frames)
         if wanted and not self._inputs:
             self._subscribe()
         elif not wanted and self._inputs:
             self._unsubscribe()
+
+    def _keep_house(self) -> None:
+        if not self._active:
+            return
+        self._listened = frozenset(n for n, output in self._outputs.items() if output.get_subscription_count())
+        self._questions.refuse_overdue(self._why_no_frame)
+        self.tend_inputs()
         for pair in self._pairing.overdue(time.monotonic_ns()):
-            self._worker.submit(pair)
+            self._take(pair)
+
+    def _why_no_frame(self) -> str:
+        if self._inputs and self._inputs[1].get_publisher_count() == 0:
+            return f"nobody publishes {self._topics[0]}; name the topic with -r image:=..."
+        return f"nothing new came on {self._topics[0]}"
 
     # On the worker's thread
 
-    def _work(self, estimator: Estimator, pair: tuple[Any, CameraInfo | None]) -> None:
+    def _decode(self, inference: Inference, pair: Pair) -> Frame:
         message, info = pair
-        activation, parameters, wanted = self._activation, self.parameters, self._listened
-        started = time.perf_counter()
-        image = decode_compressed(message) if isinstance(message, CompressedImage) else decode_image(message)
         if info is None:
             raise CameraError(
                 f"an image came on {self._topics[0]} but no CameraInfo on {self._topics[1]}; publish one there, or "
                 "name the right topic with -r camera_info:=..."
             )
-        height, width = image.shape[:2]
-        camera = camera_from_info(info, (width, height), parameters.rectified)
-        decoded = time.perf_counter()
+        compressed = isinstance(message, CompressedImage)
+        return inference.frame(message, info, compressed=compressed, rectified=self.parameters.rectified)
 
-        dialect = _spoken_dialect(estimator, parameters)
-        query = plan_query(parameters, dialect, width, height, whole="depth" in wanted)
-        answer = estimator.estimate(image, camera, query.pixels, dialect=dialect)
-        result = keep_good(answer, parameters)
-        answered = time.perf_counter()
+    def _work(self, inference: Inference, pair: Pair) -> None:
+        activation, parameters, wanted = self._activation, self.parameters, self._wanted()
+        started = time.perf_counter()
+        frame = self._decode(inference, pair)
+        stages = {"decode": time.perf_counter() - started}
+        points = {"asked": 0, "answered": 0}
+        if not wanted.isdisjoint(_DEPTH_TOPICS):
+            message, info = pair
+            measured = inference.measure(frame, parameters, whole="depth" in wanted)
+            answer = measured.answer
+            answered = time.perf_counter()
+            self._publish(
+                activation,
+                build_outputs(wanted, frame.image, frame.camera, info, message.header, measured.query, measured.result),
+            )
+            stages |= {**answer.timing_s, "publish": time.perf_counter() - answered}
+            asked = int(answer.asked.sum())
+            points = {"asked": asked, "answered": int(answer.valid.sum()), "unaskable": len(answer) - asked,
+                      "shifted": int(answer.shifted.sum())}  # fmt: skip
+        if "relative_pose" in wanted:
+            begun = time.perf_counter()
+            self._tell_pose(inference, frame, activation)
+            stages["pose"] = time.perf_counter() - begun
+        else:
+            inference.forget()
+        self._monitor.frame_done(stages | {"total": time.perf_counter() - started}, **points)
 
-        messages = build_outputs(wanted, image, camera, info, message.header, query, result)
+    def _tell_pose(self, inference: Inference, frame: Frame, activation: int) -> None:
+        told = inference.pose(frame, run=activation)
+        if told is None:
+            return
+        first, pose = told
+        message = pose_message(first, pose)
+        self._monitor.pose_done(message is not None)
+        if message is not None:
+            self._publish(activation, {"relative_pose": message})
+        else:
+            self.complain("relative_pose", f"no relative pose: the answers can't be read: {dict(pose.texts)}")
+
+    def _publish(self, activation: int, messages: dict[str, Any]) -> None:
         with self._publishing:
             if activation == self._activation:
                 for name, output in messages.items():
                     self._outputs[name].publish(output)
-        done = time.perf_counter()
-        stages = {"decode": decoded - started, **answer.timing_s, "publish": done - answered, "total": done - started}
-        self._monitor.frame_done(stages, asked=len(answer), answered=int(answer.valid.sum()))
 
     def _frame_failed(self, error: Exception) -> None:
         self._monitor.frame_failed(error)
@@ -362,6 +432,11 @@ class DepthNode(LifecycleNode):
         else:
             text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
             self.get_logger().error(f"frame skipped, unexpectedly:\n{text}")
+
+    def complain(self, about: str, text: str) -> None:
+        """Warns in the log, not more often than a person can read."""
+        if self._may_complain(about):
+            self.get_logger().warning(text)
 
     def _may_complain(self, about: str) -> bool:
         now = time.monotonic()
@@ -379,7 +454,7 @@ class DepthNode(LifecycleNode):
         values = {"state": self._state_machine.current_state[1], "model": self.parameters.model}
         if self._estimator is not None:
             info = self._estimator.engine.info
-            values["dialect"] = _spoken_dialect(self._estimator, self.parameters)
+            values["dialect"] = spoken_dialect(self._estimator, self.parameters) or "none"
             values |= {"device": info.device, "dtype": info.dtype, "why": "; ".join(info.reasons)}
         status = replace(status, values=values | status.values)
         name = f"{self.get_fully_qualified_name().lstrip('/')}: depth"
@@ -389,11 +464,18 @@ class DepthNode(LifecycleNode):
     def _describe_state(self) -> str:
         state = self._state_machine.current_state[1]
         if state == "active" and not self._inputs:
-            return "active, at rest: nobody listens to points, depth or overlay"
+            return "active, at rest: nobody listens to points, depth or overlay, and nobody asks"
         return state
 
     def _warnings(self) -> list[str]:
         warnings = list(self._qos_sentences)
+        silent = self._listened.intersection(_DEPTH_TOPICS) - self._wanted()
+        if silent:
+            card = self._estimator.card
+            warnings.append(
+                f"nothing comes on {', '.join(sorted(silent))}: model {self.parameters.model} answers no depth "
+                f"questions, it is for {', '.join(card.tasks)}"
+            )
         if self._inputs and self._inputs[1].get_publisher_count() == 0:
             warnings.append(f"nobody publishes {self._inputs[1].topic_name}; name the topic with -r image:=...")
         return warnings
@@ -401,8 +483,11 @@ class DepthNode(LifecycleNode):
     def _explain_mismatches(self) -> None:
         """Turns middleware events into sentences; done here since the graph may know a peer only after the event."""
         sentences = []
-        inputs = {subscription.topic_name: subscription for subscription in self._inputs}
-        outputs = {publisher.topic_name: publisher for publisher in self._outputs.values()}
+        inputs = {each.topic_name: each for each in self._inputs}
+        outputs = {each.topic_name: each for each in self._outputs.values()}
+        if self._questions is not None:
+            inputs |= {each.topic_name: each for each in self._questions.subscriptions}
+            outputs |= {each.topic_name: each for each in self._questions.publishers.values()}
         for topic in self._mismatched & inputs.keys():
             peers = [(p.node_name, p.qos_profile) for p in self.get_publishers_info_by_topic(topic)]
             sentences += qos.explain_subscription(topic, inputs[topic].qos_profile, peers)

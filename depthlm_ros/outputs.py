@@ -1,24 +1,30 @@
-"""What the node publishes of one measured frame, as ROS messages; only what somebody listens to is built."""
+"""What the node publishes, as ROS messages; of a measured frame only what somebody listens to is built."""
 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Collection
 from typing import Any
 
 import numpy as np
+from builtin_interfaces.msg import Time
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
+from geometry_msgs.msg import Point, PointStamped, Pose, PoseStamped, Quaternion
 from sensor_msgs.msg import CameraInfo, Image, PointCloud2
-from std_msgs.msg import Header
+from std_msgs.msg import Header, String
 
 from depthlm_ros.camera import Camera
-from depthlm_ros.depth import DepthResult
+from depthlm_ros.depth import DepthResult, Frame
 from depthlm_ros.messages import cloud_message, depth_message, header_stamp_ns, rgb_message
 from depthlm_ros.monitor import Status
 from depthlm_ros.overlay import overlay
+from depthlm_ros.pose import RelativePose
 from depthlm_ros.queries import Query, depth_image
 
-OUTPUTS = {"points": PointCloud2, "depth": Image, "depth/camera_info": CameraInfo, "overlay": Image}
+DEPTH_OUTPUTS = {"points": PointCloud2, "depth": Image, "depth/camera_info": CameraInfo, "overlay": Image}
+POSE_OUTPUT = {"relative_pose": PoseStamped}
+REPLIES = {"~/answer": String, "~/query/point": PointStamped}
 _LEVELS = {"ok": DiagnosticStatus.OK, "warn": DiagnosticStatus.WARN, "error": DiagnosticStatus.ERROR}
 
 
@@ -34,7 +40,7 @@ def build_outputs(
     """Builds the messages of one frame.
 
     Args:
-        wanted: names of topics among `OUTPUTS`; `depth/camera_info` comes with `depth`.
+        wanted: names of topics among `DEPTH_OUTPUTS`; `depth/camera_info` comes with `depth`.
         image: (H, W, 3) uint8 RGB.
         camera: its intrinsics.
         info: the CameraInfo they were read from; it describes the depth image just as well.
@@ -59,6 +65,38 @@ def build_outputs(
     return messages
 
 
+def pose_message(first: Frame, pose: RelativePose) -> PoseStamped | None:
+    """A relative pose as a message: the second camera in the first one's optical frame.
+
+    Its header is the first image's, since a header says in which frame, and when, a pose is expressed: transformed
+    with TF at that stamp it is the camera's place at the second image. There is no covariance, because the model says
+    none.
+
+    Returns:
+        None where part of the pose couldn't be read.
+    """
+    turned = pose.quaternion_xyzw()
+    # Where the camera stayed there is no direction to tell.
+    moved = np.zeros(3) if pose.distance_m == 0 else pose.translation_m()
+    if not (np.isfinite(turned).all() and np.isfinite(moved).all()):
+        return None
+    x, y, z = moved.tolist()
+    qx, qy, qz, qw = turned.tolist()
+    where = Pose(position=Point(x=x, y=y, z=z), orientation=Quaternion(x=qx, y=qy, z=qz, w=qw))
+    return PoseStamped(header=_header(first.stamp_ns, first.frame_id), pose=where)
+
+
+def point_message(frame: Frame, xyz_m: np.ndarray) -> PointStamped:
+    """A point (3,) in metres in the optical frame, with the stamp of the image it was asked about."""
+    x, y, z = xyz_m.tolist()
+    return PointStamped(header=_header(frame.stamp_ns, frame.frame_id), point=Point(x=x, y=y, z=z))
+
+
+def no_point_message(question: PointStamped) -> PointStamped:
+    """What a point question gets that can't be answered: NaN, with the question's own header."""
+    return PointStamped(header=question.header, point=Point(x=math.nan, y=math.nan, z=math.nan))
+
+
 def diagnostics_message(stamp: Any, name: str, hardware_id: str, status: Status) -> DiagnosticArray:
     """Wraps a status for /diagnostics.
 
@@ -73,6 +111,11 @@ def diagnostics_message(stamp: Any, name: str, hardware_id: str, status: Status)
         level=_LEVELS[status.level], name=name, message=status.message, hardware_id=hardware_id, values=values
     )
     return DiagnosticArray(header=Header(stamp=stamp), status=[entry])
+
+
+def _header(stamp_ns: int, frame_id: str) -> Header:
+    seconds, nanoseconds = divmod(stamp_ns, 1_000_000_000)
+    return Header(stamp=Time(sec=seconds, nanosec=nanoseconds), frame_id=frame_id)
 
 
 def _cloud(

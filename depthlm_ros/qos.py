@@ -43,6 +43,11 @@ def output_qos() -> QoSProfile:
     return QoSProfile(history=HistoryPolicy.KEEP_LAST, depth=5, reliability=ReliabilityPolicy.RELIABLE)
 
 
+def question_qos() -> QoSProfile:
+    """Reliable, volatile, the last hundred: neither a burst of questions nor their answers get lost unheard."""
+    return QoSProfile(history=HistoryPolicy.KEEP_LAST, depth=100, reliability=ReliabilityPolicy.RELIABLE)
+
+
 def overriding_options() -> QoSOverridingOptions:
     """Lets `qos_overrides.<topic>.<publisher|subscription>.<policy>` change history, depth, reliability, durability."""
     kinds = (QoSPolicyKind.HISTORY, QoSPolicyKind.DEPTH, QoSPolicyKind.RELIABILITY, QoSPolicyKind.DURABILITY)

@@ -62,7 +62,9 @@ class PacedEstimator:
     def close(self) -> None:
         self.closed.set()
 
-    def estimate(self, image: np.ndarray, camera: Camera, pixels: np.ndarray, *, dialect: str) -> DepthResult:
+    def estimate(
+        self, image: np.ndarray, camera: Camera, pixels: np.ndarray, *, dialect: str, undrawable: str
+    ) -> DepthResult:
         self.calls.append((dialect, len(pixels)))
         self.entered.set()
         while not self.gate.is_set():

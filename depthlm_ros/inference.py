@@ -1,0 +1,226 @@
+"""All that is done with the one loaded model: depth of a frame, questions about it, the pose since the frame before.
+
+It runs in the worker's thread, one call at a time. Knows messages as data, nothing of nodes and topics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from depthlm_ros.assistant import Assistant
+from depthlm_ros.camera import camera_from_info
+from depthlm_ros.config import Parameters
+from depthlm_ros.depth import DepthResult, Frame
+from depthlm_ros.errors import DialectError
+from depthlm_ros.messages import decode_compressed, decode_image, header_stamp_ns
+from depthlm_ros.pose import RelativePose
+from depthlm_ros.queries import Query, keep_good, plan_query
+
+if TYPE_CHECKING:
+    from depthlm_ros.estimator import Estimator
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What was measured in one frame.
+
+    Attributes:
+        query: what was asked.
+        answer: what was answered.
+        result: the answer without what the parameters leave out.
+    """
+
+    query: Query
+    answer: DepthResult
+    result: DepthResult
+
+
+@dataclass(frozen=True)
+class PointAnswer:
+    """The answer to one point question.
+
+    Attributes:
+        xyz_m: (3,) float64 in the optical frame; NaN where there is no answer.
+        problem: why there is none; empty where there is one.
+    """
+
+    xyz_m: np.ndarray
+    problem: str = ""
+
+
+def spoken_dialect(estimator: Estimator, parameters: Parameters) -> str | None:
+    """The dialect that depth is asked in; None for a model that isn't for depth.
+
+    Raises:
+        DialectError: the model doesn't speak the one that the parameters name.
+    """
+    dialect = parameters.dialect or estimator.card.default_dialect
+    if dialect is None or dialect in estimator.dialects:
+        return dialect
+    if not estimator.dialects:
+        raise DialectError(
+            f"model {parameters.model} answers no depth questions, it is for {', '.join(estimator.card.tasks)}; leave "
+            "dialect empty"
+        )
+    raise DialectError(
+        f"model {parameters.model} doesn't speak {dialect!r}; choose one of {', '.join(estimator.dialects)}, "
+        "or leave dialect empty for its default"
+    )
+
+
+def check_model(estimator: Estimator, parameters: Parameters) -> None:
+    """Checks that the model can do what the parameters want of it.
+
+    Raises:
+        DialectError: it doesn't speak the dialect, or isn't for poses.
+    """
+    spoken_dialect(estimator, parameters)
+    if parameters.relative_pose and "pose" not in estimator.card.tasks:
+        raise DialectError(
+            f"relative_pose is true, but model {parameters.model} was not trained for pose, it is for "
+            f"{', '.join(estimator.card.tasks)}; set relative_pose to false, or take a model whose card has the task "
+            "pose, such as vlm3-pose"
+        )
+
+
+class Inference:
+    """One loaded model and what it remembers between frames. Not re-entrant.
+
+    Args:
+        estimator: the loaded model.
+    """
+
+    def __init__(self, estimator: Estimator) -> None:
+        self._estimator = estimator
+        self._assistant = Assistant(estimator)
+        self._decoded: tuple[Any, Frame] | None = None
+        self._previous: tuple[object, Frame] | None = None
+
+    def frame(self, message: Any, info: Any, *, compressed: bool, rectified: bool) -> Frame:
+        """Decodes an image message, or returns what it was decoded to before.
+
+        Args:
+            message: sensor_msgs/Image or CompressedImage.
+            info: sensor_msgs/CameraInfo.
+            compressed: which of the two.
+            rectified: whether P or K and D of the info describe the image.
+
+        Raises:
+            ImageError: it can't be decoded.
+            CameraError: an info that doesn't fit.
+        """
+        if self._decoded is None or self._decoded[0] is not message:
+            image = decode_compressed(message) if compressed else decode_image(message)
+            height, width = image.shape[:2]
+            camera = camera_from_info(info, (width, height), rectified)
+            self._decoded = message, Frame(image, camera, header_stamp_ns(message.header), message.header.frame_id)
+        return self._decoded[1]
+
+    def measure(self, frame: Frame, parameters: Parameters, whole: bool) -> Measurement:
+        """Measures depth.
+
+        Args:
+            frame: where.
+            parameters: how.
+            whole: somebody wants the depth image, see `plan_query`.
+
+        Raises:
+            DepthLMError: as `Estimator.estimate`.
+        """
+        dialect = spoken_dialect(self._estimator, parameters)
+        height, width = frame.image.shape[:2]
+        query = plan_query(parameters, dialect, width, height, whole)
+        answer = self._estimate(frame, query.pixels, dialect, parameters)
+        return Measurement(query, answer, keep_good(answer, parameters))
+
+    def ask(self, frame: Frame, texts: Sequence[str], parameters: Parameters) -> list[str]:
+        """Answers free questions about one frame, which is encoded once for all of them.
+
+        Raises:
+            DepthLMError: as `Assistant.ask_about`.
+        """
+        answers = self._assistant.ask_about(
+            [frame.image], texts, [frame.camera], max_new_tokens=parameters.answer_tokens
+        )
+        return [answer.text for answer in answers]
+
+    def points(self, frame: Frame, pixels: Sequence[tuple[float, float]], parameters: Parameters) -> list[PointAnswer]:
+        """Answers where the points are that pixels show, all in one go.
+
+        Args:
+            frame: of which image.
+            pixels: `(u, v)`, also such that can't be asked.
+            parameters: `dialect`, `undrawable`, `max_depth_m` and `min_confidence` count.
+
+        Raises:
+            DepthLMError: as `Estimator.estimate`, for all of them; what is wrong with one is in its answer.
+        """
+        dialect = spoken_dialect(self._estimator, parameters) or self._estimator.card.require_dialect()
+        asked = np.asarray(pixels, np.float32).reshape(-1, 2)
+        inside = frame.camera.contains(asked)
+        answers = [self._outside(frame, pixel) for pixel in asked]
+        if not inside.any():
+            return answers
+        said = self._estimate(frame, asked[inside], dialect, parameters)
+        kept = keep_good(said, parameters)
+        points = frame.camera.unproject(kept.pixels, kept.depth_m)
+        for row, at in enumerate(np.flatnonzero(inside)):
+            answers[at] = _point_answer(points[row], said, kept, row, parameters)
+        return answers
+
+    def pose(self, frame: Frame, run: object) -> tuple[Frame, RelativePose] | None:
+        """The pose of this frame's camera in the camera of the frame before, and that frame.
+
+        Args:
+            frame: becomes the frame before for the next one, also where this fails.
+            run: poses are only told between frames of one run.
+
+        Returns:
+            None for the first frame of a run.
+
+        Raises:
+            DepthLMError: as `Assistant.relative_pose`.
+        """
+        previous, self._previous = self._previous, (run, frame)
+        if previous is None or previous[0] != run:
+            return None
+        first = previous[1]
+        return first, self._assistant.relative_pose(first.image, first.camera, frame.image, frame.camera)
+
+    def forget(self) -> None:
+        """Drops the frame that the next pose would be told from."""
+        self._previous = None
+
+    def _estimate(self, frame: Frame, pixels: np.ndarray, dialect: str | None, parameters: Parameters) -> DepthResult:
+        return self._estimator.estimate(
+            frame.image, frame.camera, pixels, dialect=dialect, undrawable=parameters.undrawable
+        )
+
+    @staticmethod
+    def _outside(frame: Frame, pixel: np.ndarray) -> PointAnswer:
+        u, v = pixel
+        size = f"{frame.camera.width}x{frame.camera.height}"
+        return PointAnswer(np.full(3, np.nan), f"pixel ({u:g}, {v:g}) is outside of the {size} image")
+
+
+def _point_answer(
+    point: np.ndarray, said: DepthResult, kept: DepthResult, row: int, parameters: Parameters
+) -> PointAnswer:
+    where = f"pixel ({said.pixels[row, 0]:g}, {said.pixels[row, 1]:g})"
+    if np.isfinite(point).all():
+        return PointAnswer(point)
+    if not said.asked[row]:
+        problem = f"{where} can't be asked: it is too near the border for the {said.dialect} dialect, or out of view"
+        hint = "; undrawable shift asks beside it" if said.dialect == "marker" else ""
+    elif kept.valid[row]:
+        problem, hint = f"{where} has no ray: the lens model doesn't reach there", ""
+    elif said.valid[row]:
+        problem = f"{where} is {said.depth_m[row]:.2f} m away with confidence {said.confidence[row]:.2f}"
+        hint = f", left out by max_depth_m {parameters.max_depth_m:g} and min_confidence {parameters.min_confidence:g}"
+    else:
+        problem, hint = f"{where} got an answer without a depth", f": {said.answers[row]!r}" if said.answers else ""
+    return PointAnswer(np.full(3, np.nan), problem + hint)
