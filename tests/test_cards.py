@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from dataclasses import FrozenInstanceError, replace
@@ -14,8 +15,9 @@ from safetensors.numpy import save_file
 
 from depthlm_ros import cards
 from depthlm_ros.cards import load_card, models_dir, shipped_cards
-from depthlm_ros.errors import ConfigError, DialectError, ModelError
+from depthlm_ros.errors import ConfigError, DialectError, LicenceError, ModelError
 from depthlm_ros.modelcard import ModelCard, read_card
+from depthlm_ros.prompts import SYSTEM_TEXT
 
 CARD = {
     "name": "toy",
@@ -58,8 +60,102 @@ def models(tmp_path, monkeypatch) -> Path:
 
 def test_every_shipped_card_is_valid_and_named_like_its_file():
     found = {name: read_card(path).name for name, path in shipped_cards().items()}
-    assert set(found) >= {"demo", "depthlm-12b", "vlm3-depth"}
+    assert set(found) == {"demo", "depthlm-3b", "depthlm-7b", "depthlm-12b", "vlm3-depth", "vlm3-object", "vlm3-corr",
+                          "vlm3-pose", "depthvlm-4b", "depthvlm-8b"}  # fmt: skip
     assert all(name == key for key, name in found.items())
+
+
+@pytest.mark.parametrize(
+    ("name", "architecture", "system", "tasks", "dialects", "focal_px", "kind", "system_text"),
+    [
+        ("depthlm-12b", "llava", "depthlm", ("depth",), ("marker",), 750, "euclidean", None),
+        ("depthlm-3b", "qwen2_5_vl", "depthlm", ("depth",), ("marker",), 1000, "euclidean", SYSTEM_TEXT),
+        ("depthlm-7b", "qwen2_5_vl", "depthlm", ("depth", "motion"), ("marker",), 1000, "euclidean", SYSTEM_TEXT),
+        ("vlm3-depth", "qwen3_vl", "vlm3", ("depth",), ("coordinates",), 1000, "euclidean", None),
+        ("vlm3-object", "qwen3_vl", "vlm3", ("object",), (), 1000, None, None),
+        ("vlm3-corr", "qwen3_vl", "vlm3", ("correspondence",), (), None, None, None),
+        ("vlm3-pose", "qwen3_vl", "vlm3", ("pose",), (), 750, None, None),
+        ("depthvlm-4b", "qwen3_vl", "depthvlm", ("depth",), ("dense",), 1000, "z", SYSTEM_TEXT),
+        ("depthvlm-8b", "qwen3_vl", "depthvlm", ("depth",), ("dense",), 1000, "z", SYSTEM_TEXT),
+    ],
+)
+def test_published_systems_are_shown_and_asked_what_they_learnt(
+    name, architecture, system, tasks, dialects, focal_px, kind, system_text
+):
+    card = read_card(shipped_cards()[name])
+    assert (card.architecture, card.system, card.tasks, card.dialects) == (architecture, system, tasks, dialects)
+    assert (card.focal_px, card.depth_kind, card.system_text) == (focal_px, kind, system_text)
+    assert card.policy == "published" and card.chat and card.processor and card.scores["source"]
+
+
+def test_only_the_demo_and_depthvlm_may_be_used_commercially():
+    free = {name for name, path in shipped_cards().items() if read_card(path).commercial_use}
+    assert free == {"demo", "depthvlm-4b"}
+    for name in shipped_cards().keys() - {"demo", "depthvlm-4b"}:
+        with pytest.raises(LicenceError, match=f"{name}.*licence is .*(CC-BY-NC|expected).*(demo, depthvlm-4b)"):
+            load_card(name, commercial_use=True)
+
+
+def test_depthvlm_is_pinned_to_the_revision_that_is_known():
+    card, source = load_card("depthvlm-4b", commercial_use=True)
+    assert (source, card.revision) == ("JonnyYu828/DepthVLM-4B", "2b2d02fcfe0c89c8aa7d541055e5a078930077c9")
+
+
+@pytest.mark.parametrize("name", ["depthlm-3b", "depthlm-7b", "depthvlm-8b"])
+def test_models_that_are_not_released_say_so(name):
+    assert not read_card(shipped_cards()[name]).released
+    with pytest.raises(ModelError, match=f"{name}' have not been released; to use weights of your own"):
+        load_card(name)
+
+
+def test_a_model_that_is_not_for_depth_says_what_it_is_for():
+    card = read_card(shipped_cards()["vlm3-pose"])
+    assert card.require_task("pose") == "pose"
+    for asked in (card.require_dialect, lambda: card.require_dialect("marker"), lambda: card.require_task("depth")):
+        with pytest.raises(DialectError, match="'vlm3-pose' was not trained for depth, it is for pose"):
+            asked()
+    with pytest.raises(ConfigError, match="unknown task 'posen'; did you mean 'pose'"):
+        card.require_task("posen")
+
+
+def test_weights_of_which_no_licence_is_known_are_not_for_commercial_use(models, tmp_path):
+    folder = write_model(tmp_path / "found")
+    with pytest.raises(LicenceError, match="without a card.*write licence and commercial_use into a depthlm_card.yaml"):
+        load_card(folder, commercial_use=True)
+    write_card(folder / "depthlm_card.yaml", name="found", commercial_use=False, licence="CC-BY-NC")
+    with pytest.raises(LicenceError, match="'found' may not be used commercially: its licence is CC-BY-NC.*(toy)"):
+        load_card(folder, commercial_use=True)
+    write_card(folder / "depthlm_card.yaml", name="found")
+    assert load_card(folder, commercial_use=True)[0].name == "found"
+
+
+def test_files_are_checked_against_the_cards_digests(models):
+    folder = write_model(models / "toy")
+    right = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    write_card(models / "toy.yaml", sha256={"model.safetensors": right})
+    assert load_card("toy")[1] == folder
+    write_card(models / "toy.yaml", sha256={"model.safetensors": "0" * 64})
+    with pytest.raises(ModelError, match=f"model.safetensors has sha256 {right} but its card says 0000"):
+        load_card("toy")
+    write_card(models / "toy.yaml", sha256={"other.safetensors": right})
+    with pytest.raises(ModelError, match="lacks other.safetensors, whose sha256 its card names"):
+        load_card("toy")
+
+
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        ({"patch_size": 16, "size": {"longest_edge": 2048}}, None),
+        ({"patch_size": {"height": 16}, "size": {"longest_edge": 1024}}, "longest_edge is 1024, published 2048"),
+        ({"patch_size": 14, "max_pixels": 999}, "longest_edge is 999, published 2048; patch_size is 14, published 16"),
+    ],
+)  # fmt: skip
+def test_an_image_processor_other_than_the_published_one_is_told(models, config, told):
+    folder = write_model(models / "toy")
+    (folder / "preprocessor_config.json").write_text(json.dumps(config), encoding="utf-8")
+    write_card(models / "toy.yaml", processor={"patch_size": 16, "longest_edge": 2048})
+    assumed = " | ".join(load_card("toy")[0].assumptions)
+    assert (told in assumed) if told else assumed == ""
 
 
 def test_the_demo_may_be_used_by_anyone_and_speaks_all_dialects():
@@ -120,6 +216,17 @@ def test_missing_keys_are_named(tmp_path):
         ("assumptions", "one", "assumptions is 'one'"),
         ("scores", [0.9], "scores is"),
         ("scores", {"delta1": 0.9}, "no 'source'"),
+        ("system", "deptvlm", "did you mean 'depthvlm'"),
+        ("tasks", [], "tasks is \\(\\)"),
+        ("tasks", ["depth", "depth"], "each task once"),
+        ("tasks", ["dept"], "did you mean 'depth'"),
+        ("tasks", ["pose"], "an empty list, since the tasks don't include depth"),
+        ("depth_kind", ..., "unknown depth_kind 'None'"),
+        ("default_dialect", ..., "unknown default_dialect 'None'"),
+        ("focal_px", None, "focal_px is None"),
+        ("released", "no", "released is 'no'"),
+        ("chat", {"order": 3}, "chat is"),
+        ("sha256", {"a": "12"}, "sha256 of a is '12'; it must be 64 hex digits"),
     ],
 )
 def test_a_faulty_value_is_named_with_its_file_and_what_is_wanted(tmp_path, key, value, message):
@@ -228,6 +335,8 @@ def test_a_card_that_contradicts_its_folder_is_refused(models):
         ({"model_type": "qwen3_vl"}, "lm_head.weight", "coordinates", 1000, "published", "euclidean", None),
         ({"model_type": "qwen3_vl"}, "depth_head.norm.weight", "dense", 1000, "published", "z",
          "You are a helpful assistant."),
+        ({"model_type": "qwen3_vl", "depth_head_type": "mlp"}, "depth_head.mlp.0.weight", "dense", 1000, "published",
+         "z", "You are a helpful assistant."),
         ({"model_type": "qwen2_5_vl"}, "lm_head.weight", "marker", 1000, "published", "euclidean",
          "You are a helpful assistant."),
         ({"model_type": "llava", "vision_config": {"model_type": "pixtral"}}, "lm_head.weight", "marker", 750,
@@ -279,6 +388,24 @@ def test_a_recognised_card_can_be_written_into_its_folder_and_read_back(models, 
     values = {key: list(v) if isinstance(v, tuple) else v for key, v in vars(card).items()}
     write_card(folder / "depthlm_card.yaml", **values)
     assert load_card(folder)[0] == card
+
+
+@pytest.mark.parametrize(
+    ("config", "tensor", "system", "tasks", "told"),
+    [
+        ({"model_type": "qwen3_vl"}, "depth_head.mlp.0.weight", "depthvlm", ("depth",), "depth head is present: mlp"),
+        ({"model_type": "qwen3_vl"}, "depth_head.projects.0.weight", "depthvlm", ("depth",), "head is present: dpt"),
+        ({"model_type": "qwen3_vl"}, "lm_head.weight", "vlm3", ("depth", "object", "correspondence", "pose"),
+         "asked about depth, object, correspondence, pose: which of them it learnt can't be seen"),
+        ({"model_type": "qwen2_5_vl"}, "lm_head.weight", "depthlm", ("depth", "motion"), "about depth, motion"),
+    ],
+)  # fmt: skip
+def test_a_folder_without_card_is_taken_for_one_of_the_published_systems(
+    models, tmp_path, config, tensor, system, tasks, told
+):
+    card, _ = load_card(write_model(tmp_path / "found", config, tensor))
+    assert (card.system, card.tasks) == (system, tasks)
+    assert told in " | ".join(card.assumptions)
 
 
 def test_a_card_can_be_changed_only_into_a_valid_one():

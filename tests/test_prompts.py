@@ -16,6 +16,7 @@ from depthlm_ros.errors import DatasetError, PixelError
 from depthlm_ros.prompts import (
     MAX_DEPTH_M,
     MIN_DEPTH_M,
+    SYSTEM_TEXT,
     answer_text,
     coordinates_question,
     dense_question,
@@ -57,6 +58,15 @@ def test_dense_question_is_depthvlms():
         "Given this image, estimate the metric depth (in meters, rounded to two decimal places) for every pixel of the "
         "image."
     )
+
+
+def test_dense_question_is_the_one_in_depthvlms_labels(data_folder):
+    rows = (data_folder / "scannetpp" / "labels.jsonl").read_text(encoding="utf-8").splitlines()
+    assert {json.loads(row)["prompt"] for row in rows} == {dense_question()}
+
+
+def test_the_system_text_is_the_one_of_depthlm_and_depthvlm():
+    assert SYSTEM_TEXT == "You are a helpful assistant."
 
 
 def test_coordinates_question_takes_numpy_integers_and_writes_plain_ones():
