@@ -70,10 +70,11 @@ def load_estimator(parameters: Parameters) -> Estimator:
     Raises:
         DepthLMError: it can't be loaded, or doesn't speak the dialect.
     """
-    from depthlm_ros.engines.devices import limit_cpu_threads
     from depthlm_ros.estimator import Estimator
 
     if parameters.cpu_threads:
+        from depthlm_ros.engines.devices import limit_cpu_threads
+
         limit_cpu_threads(parameters.cpu_threads)
     return Estimator.load(**parameters.load_arguments())
 
