@@ -24,8 +24,8 @@ TIME = "How many seconds do we need to reach this point if we move towards it wi
 TWO_POINTS = "How far are these 2 points from each other?"
 METRES_MOVED = "How many meters has the camera moved between these 2 images?"
 
-_METRES = re.compile(rf"({SIGNED})\s*(?:meters?|m)\b(?!\s*(?:/|per\b))", re.IGNORECASE)
-_SPEED = re.compile(rf"({SIGNED})\s*(?:m\s*/\s*s|meters?\s*per\s*second)\b", re.IGNORECASE)
+_METRES = re.compile(rf"({SIGNED})\s*(?:meters?|metres?|m)\b(?!\s*(?:/|per\b))", re.IGNORECASE)
+_SPEED = re.compile(rf"({SIGNED})\s*(?:m\s*/\s*s|met(?:er|re)s?\s*per\s*second)\b", re.IGNORECASE)
 _SECONDS = re.compile(rf"({SIGNED})\s*(?:seconds?|s)\b", re.IGNORECASE)
 
 

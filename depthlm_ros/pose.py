@@ -44,7 +44,7 @@ QUESTIONS: Mapping[str, str] = {
 _ANGLE = re.compile(rf"({SIGNED})\s*(?:degrees|deg|°)", re.IGNORECASE)
 _EULER = {name: re.compile(rf"{name}\s*(?:[=:]\s*)?({SIGNED})", re.IGNORECASE) for name in ("yaw", "pitch", "roll")}
 _VECTOR = re.compile(rf"\(\s*({SIGNED})\s*,\s*({SIGNED})\s*,\s*({SIGNED})\s*\)")
-_DISTANCE = re.compile(rf"({SIGNED})\s*(?:meters|m)\b", re.IGNORECASE)
+_DISTANCE = re.compile(rf"({SIGNED})\s*(?:meters?|metres?|m)\b", re.IGNORECASE)
 
 
 def parse_angle_deg(text: str) -> float | None:
