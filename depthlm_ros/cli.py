@@ -12,14 +12,13 @@ from depthlm_ros import cli_tasks, config
 from depthlm_ros.cli_inputs import (
     add_answer_kind_argument,
     add_camera_arguments,
-    add_licence_argument,
     camera_of,
     focal_px,
 )
 from depthlm_ros.errors import ConfigError, DatasetError, DepthLMError, ImageError, MissingDependencyError
 from depthlm_ros.protocols import PROTOCOLS, PUBLISHED_SAMPLES
 
-MODEL_SETTINGS = ("model", "dialect", "policy", "device", "dtype", "batch_size")
+MODEL_SETTINGS = ("model", "commercial_use", "dialect", "policy", "device", "dtype", "batch_size")
 PIXEL_SETTINGS = ("points", "stride", "sampling")
 FILTERS = ("max_depth_m", "min_confidence")
 RESULTS = Path("results/latest")
@@ -87,15 +86,13 @@ def _add_model(parser: argparse.ArgumentParser, settings: tuple[str, ...]) -> No
     """The options of commands that load the model in this process."""
     group = parser.add_argument_group("model")
     config.add_arguments(group, settings)
-    add_licence_argument(group)
     add_answer_kind_argument(group)
 
 
 def _load(arguments: argparse.Namespace, parameters: config.Parameters):
     from depthlm_ros.estimator import Estimator
 
-    own = {"commercial_use": arguments.commercial_use, "depth_kind": arguments.answer_kind}
-    return Estimator.load(**{**parameters.load_arguments(), **own})
+    return Estimator.load(**parameters.load_arguments(), depth_kind=arguments.answer_kind)
 
 
 def _estimate(arguments: argparse.Namespace) -> int:

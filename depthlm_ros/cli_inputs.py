@@ -73,15 +73,6 @@ def numbers(count: int, form: str):
     return parse
 
 
-def add_licence_argument(group) -> None:
-    """Adds `--commercial-use` to a group of options about the model."""
-    group.add_argument(
-        "--commercial-use",
-        action="store_true",
-        help="the answers serve a commercial purpose: refuse a model whose licence forbids that",
-    )
-
-
 def add_answer_kind_argument(group) -> None:
     """Adds `--answer-kind` to a group of options about the model."""
     group.add_argument(

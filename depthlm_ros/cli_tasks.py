@@ -9,10 +9,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from depthlm_ros import config
-from depthlm_ros.cli_inputs import add_camera_arguments, add_licence_argument, camera_of, numbers
+from depthlm_ros.cli_inputs import add_camera_arguments, camera_of, numbers
 from depthlm_ros.errors import CameraError, ConfigError, ImageError, PixelError
 
-SETTINGS = ("model", "policy", "device", "dtype", "batch_size")
+SETTINGS = ("model", "commercial_use", "policy", "device", "dtype", "batch_size")
 DEFAULT_POINTS = 64
 
 
@@ -91,7 +91,14 @@ def _add_match(commands) -> None:
     which.add_argument(
         "--pixels", type=numbers(2, "U,V"), nargs="+", metavar="U,V", help="pixels of A: column,row, from 0"
     )
-    which.add_argument("--points", type=int, help=f"this many pixels of A on an even grid (default {DEFAULT_POINTS})")
+    # Not the setting of this name, which is about depth.
+    which.add_argument(
+        "--points",
+        dest="match_points",
+        type=int,
+        metavar="N",
+        help=f"this many pixels of A on an even grid (default {DEFAULT_POINTS})",
+    )
     parser.add_argument("--think", action="store_true", help="let the model think before each answer; slower")
     _add_out(parser, "matches.json or matches.png (both images with lines between them)", (".json", ".png"))
     _add_model(parser)
@@ -109,7 +116,7 @@ def _match(arguments: argparse.Namespace) -> int:
     image_a, image_b = (read_photograph(path, upright=True) for path in (arguments.a, arguments.b))
     height, width = image_a.shape[:2]
     if arguments.pixels is None:
-        count = DEFAULT_POINTS if arguments.points is None else arguments.points
+        count = DEFAULT_POINTS if arguments.match_points is None else arguments.match_points
         if count < 1:
             raise PixelError(f"--points is {count}; it must be at least 1")
         pixels = sample_pixels(width, height, count)
@@ -243,7 +250,6 @@ def cameras_of_pair(arguments: argparse.Namespace, size_a: tuple[int, int], size
 def _add_model(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     config.add_arguments(group, SETTINGS)
-    add_licence_argument(group)
     group.add_argument(
         "--force", action="store_true", help="ask even if the model's card doesn't name the task; for experiments"
     )
@@ -271,17 +277,16 @@ def _assistant(arguments: argparse.Namespace, task: str | None):
 
     parameters = config.from_arguments(arguments)
     if task is not None and not arguments.force:
-        load_card(parameters.model, commercial_use=arguments.commercial_use)[0].require_task(task)
-    loading = {**parameters.load_arguments(), "commercial_use": arguments.commercial_use}
-    return Assistant(Estimator.load(**loading), force=arguments.force)
+        load_card(parameters.model, commercial_use=parameters.commercial_use)[0].require_task(task)
+    return Assistant(Estimator.load(**parameters.load_arguments()), force=arguments.force)
 
 
 def _plain(values):
-    """Numbers for JSON: lists, and None where something is NaN."""
+    """Numbers for JSON: lists, to a millionth, and None where something is NaN."""
     import numpy as np
 
     array = np.asarray(values, np.float64)
-    return array.tolist() if np.isfinite(array).all() else None
+    return array.round(6).tolist() if np.isfinite(array).all() else None
 
 
 def _write_json(path: Path, data: dict) -> None:

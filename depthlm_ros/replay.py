@@ -91,7 +91,7 @@ def replay(bag: str | Path, settings: dict, options: ReplayOptions | None = None
         raise BagError(f"{bag} holds no image on {info.image_topic}; record one or name another with --topic")
     parameters = Parameters.from_mapping({**_sensible(first, settings), **settings, "compressed": info.compressed})
     # The node resolves an empty dialect the same way; with it, what was asked and not answered can be told.
-    card, _ = load_card(parameters.model)
+    card, _ = load_card(parameters.model, commercial_use=parameters.commercial_use)
     dialect = card.require_dialect(parameters.dialect or None)
     total = min(options.frames or sys.maxsize, info.count(info.image_topic))
     tally = Tally(total, match_px=options.match_px)
