@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 HIDDEN = 64
@@ -58,6 +58,7 @@ def make_checkpoint(
     feature_mode: str = "llm_last",
     head_output: str = "softplus",
     tie_word_embeddings: bool = False,
+    says: str | None = None,
 ) -> Path:
     """Writes a checkpoint of a few hundred thousand random weights.
 
@@ -69,6 +70,7 @@ def make_checkpoint(
         feature_mode: what the head reads, "llm_last", "concat" or "sum".
         head_output: "softplus" or "exp".
         tie_word_embeddings: leave the language head out and share the embedding.
+        says: the answer to whatever is asked about whatever images; None for answers that vary.
 
     Returns:
         The folder.
@@ -76,7 +78,7 @@ def make_checkpoint(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     pixtral = architecture == "llava"
-    tokenizer = _write_tokenizer(folder, PIXTRAL_TOKENS if pixtral else QWEN_TOKENS, pixtral)
+    tokenizer = _write_tokenizer(folder, PIXTRAL_TOKENS if pixtral else QWEN_TOKENS, pixtral, says)
     ids = tokenizer.get_vocab()
     config = (_llava_config if pixtral else _qwen_config)(architecture, ids, tokenizer.get_vocab_size())
     config["tie_word_embeddings"] = tie_word_embeddings
@@ -92,6 +94,8 @@ def make_checkpoint(
     _write_json(folder / "generation_config.json", {"eos_token_id": stop, "pad_token_id": stop, "do_sample": False})
     _write_processor(folder, architecture)
     state = _weights(folder, tokenizer, stop, seed)
+    if says is not None:
+        _say(state, asked=tokenizer.encode("[/INST]" if pixtral else "\n").ids[-1], answer=ids[says], stop=stop)
     if dense_head:
         maps = 1 + len(config["vision_config"].get("deepstack_visual_indexes", ()))
         state |= _head_weights(HIDDEN * (maps if feature_mode == "concat" else 1), PATCH_PX[architecture], seed)
@@ -99,7 +103,7 @@ def make_checkpoint(
     return folder
 
 
-def _write_tokenizer(folder: Path, special: tuple[str, ...], pixtral: bool) -> Tokenizer:
+def _write_tokenizer(folder: Path, special: tuple[str, ...], pixtral: bool, says: str | None) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -110,6 +114,8 @@ def _write_tokenizer(folder: Path, special: tuple[str, ...], pixtral: bool) -> T
         vocab_size=360, initial_alphabet=alphabet, special_tokens=list(special), show_progress=False
     )
     tokenizer.train_from_iterator(CORPUS, trainer)
+    if says is not None:
+        tokenizer.add_tokens([AddedToken(says, special=False)])
     tokenizer.save(str(folder / "tokenizer.json"))
     _write_json(
         folder / "tokenizer_config.json",
@@ -248,6 +254,21 @@ def _weights(folder: Path, tokenizer: Tokenizer, stop: int, seed: int) -> dict[s
         scale[stop] = 1.2
         state["lm_head.weight"] = state["lm_head.weight"] * scale
     return {name: value.contiguous() for name, value in state.items()}
+
+
+def _say(state: dict[str, torch.Tensor], asked: int, answer: int, stop: int) -> None:
+    """Makes what follows depend on the last token alone: the prompt's end is followed by the answer, that by the stop.
+
+    The language model's layers add nothing to the embedding any more, so that it reaches the language head as it is.
+    """
+    for name in state:
+        if "language_model" in name and ("o_proj" in name or "down_proj" in name):
+            state[name] = torch.zeros_like(state[name])
+    embedding = next(value for name, value in state.items() if name.endswith("embed_tokens.weight"))
+    head = torch.zeros_like(state["lm_head.weight"])
+    for before, after in ((asked, answer), (answer, stop)):
+        head[after] = 4 * embedding[before] / embedding[before].norm()
+    state["lm_head.weight"] = head
 
 
 def _gain(name: str) -> float:
