@@ -112,8 +112,7 @@ class DepthNode(LifecycleNode):
         self._activation = 0
         self._publishing = threading.Lock()
         self._complaints: dict[str, float] = {}
-        self._mismatched: set[str] = set()
-        self._qos_sentences: list[str] = []
+        self._mismatches = qos.Mismatches()
 
         steady = Clock(clock_type=ClockType.STEADY_TIME)
         self._diagnostics = self.create_publisher(DiagnosticArray, "/diagnostics", 10)
@@ -289,7 +288,7 @@ class DepthNode(LifecycleNode):
             kind,
             name,
             profile,
-            event_callbacks=PublisherEventCallbacks(incompatible_qos=lambda _event: self._mismatched.add(topic)),
+            event_callbacks=PublisherEventCallbacks(incompatible_qos=lambda _event: self._mismatches.note(topic)),
             qos_overriding_options=qos.overriding_options(),
         )
 
@@ -301,7 +300,7 @@ class DepthNode(LifecycleNode):
             name,
             callback,
             profile,
-            event_callbacks=SubscriptionEventCallbacks(incompatible_qos=lambda _event: self._mismatched.add(topic)),
+            event_callbacks=SubscriptionEventCallbacks(incompatible_qos=lambda _event: self._mismatches.note(topic)),
             qos_overriding_options=qos.overriding_options(),
         )
 
@@ -420,7 +419,7 @@ class DepthNode(LifecycleNode):
 
     def _publish(self, activation: int, messages: dict[str, Any]) -> None:
         with self._publishing:
-            if activation == self._activation:
+            if activation == self._activation and self.context.ok():
                 for name, output in messages.items():
                     self._outputs[name].publish(output)
 
@@ -449,7 +448,13 @@ class DepthNode(LifecycleNode):
     # Diagnostics
 
     def _report(self) -> None:
-        self._explain_mismatches()
+        asked = self._questions
+        for sentence in self._mismatches.explain(
+            self,
+            [*self._inputs, *(asked.subscriptions if asked else ())],
+            [*self._outputs.values(), *(asked.publishers.values() if asked else ())],
+        ):
+            self.get_logger().warning(sentence)
         counts = self.counts
         status = self._monitor.report(self._describe_state(), counts.received, counts.dropped, self._warnings())
         values = {"state": self._state_machine.current_state[1], "model": self.parameters.model}
@@ -469,7 +474,7 @@ class DepthNode(LifecycleNode):
         return state
 
     def _warnings(self) -> list[str]:
-        warnings = list(self._qos_sentences)
+        warnings = list(self._mismatches.sentences)
         silent = self._listened.intersection(_DEPTH_TOPICS) - self._wanted()
         if silent:
             card = self._estimator.card
@@ -480,25 +485,6 @@ class DepthNode(LifecycleNode):
         if self._inputs and self._inputs[1].get_publisher_count() == 0:
             warnings.append(f"nobody publishes {self._inputs[1].topic_name}; name the topic with -r image:=...")
         return warnings
-
-    def _explain_mismatches(self) -> None:
-        """Turns middleware events into sentences; done here since the graph may know a peer only after the event."""
-        sentences = []
-        inputs = {each.topic_name: each for each in self._inputs}
-        outputs = {each.topic_name: each for each in self._outputs.values()}
-        if self._questions is not None:
-            inputs |= {each.topic_name: each for each in self._questions.subscriptions}
-            outputs |= {each.topic_name: each for each in self._questions.publishers.values()}
-        for topic in self._mismatched & inputs.keys():
-            peers = [(p.node_name, p.qos_profile) for p in self.get_publishers_info_by_topic(topic)]
-            sentences += qos.explain_subscription(topic, inputs[topic].qos_profile, peers)
-        for topic in self._mismatched & outputs.keys():
-            peers = [(s.node_name, s.qos_profile) for s in self.get_subscriptions_info_by_topic(topic)]
-            sentences += qos.explain_publisher(topic, outputs[topic].qos_profile, peers)
-        for sentence in sentences:
-            if sentence not in self._qos_sentences:
-                self.get_logger().warning(sentence)
-        self._qos_sentences = sentences
 
 
 def main(args: list[str] | None = None, load: EstimatorFactory = load_estimator) -> int:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from rclpy.duration import Duration
+from rclpy.node import Node
 from rclpy.qos import (
     DurabilityPolicy,
     HistoryPolicy,
@@ -106,6 +108,42 @@ def explain_publisher(topic: str, own: QoSProfile, subscriptions: Iterable[tuple
                 f"Set -p qos_overrides.{topic}.publisher.{setting}:={request} here, or {setting} {offer} there"
             )
     return sentences
+
+
+class Mismatches:
+    """Remembers which topics the middleware complained about, and turns that into sentences later.
+
+    Later, because the graph may know a peer only after the event.
+    """
+
+    def __init__(self) -> None:
+        self._topics: set[str] = set()
+        self.sentences: list[str] = []
+
+    def note(self, topic: str) -> None:
+        """Notes a complaint about a topic, full name."""
+        self._topics.add(topic)
+
+    def explain(self, node: Node, subscriptions: Iterable[Any], publishers: Iterable[Any]) -> list[str]:
+        """Brings `sentences` up to date; returns those that are new.
+
+        Args:
+            node: knows the graph.
+            subscriptions: of this node, those that are there now.
+            publishers: likewise.
+        """
+        sentences = []
+        for own in subscriptions:
+            if own.topic_name in self._topics:
+                peers = [(p.node_name, p.qos_profile) for p in node.get_publishers_info_by_topic(own.topic_name)]
+                sentences += explain_subscription(own.topic_name, own.qos_profile, peers)
+        for own in publishers:
+            if own.topic_name in self._topics:
+                peers = [(p.node_name, p.qos_profile) for p in node.get_subscriptions_info_by_topic(own.topic_name)]
+                sentences += explain_publisher(own.topic_name, own.qos_profile, peers)
+        new = [sentence for sentence in sentences if sentence not in self.sentences]
+        self.sentences = sentences
+        return new
 
 
 def _nanoseconds(duration: Duration) -> int:

@@ -141,7 +141,9 @@ class QuestionTopics:
             self._monitor.question_unanswered(text)
             self._node.complain(reason, text)
             with self._publishing:
-                self._publish_refusal(question, text)
+                # Ctrl-C takes the context away before the node is closed.
+                if self._node.context.ok():
+                    self._publish_refusal(question, text)
 
     def _publish_refusal(self, question: Question, text: str) -> None:
         if question.kind == TEXT:
@@ -166,7 +168,7 @@ class QuestionTopics:
         frame = self._decode(pair)
         replies = self._texts(frame, taken) if taken[0].kind == TEXT else self._points(frame, taken)
         with self._publishing:
-            if not self._questions.finish(taken):
+            if not self._questions.finish(taken) or not self._node.context.ok():
                 return
             for topic, message, _ in replies:
                 self.publishers[topic].publish(message)

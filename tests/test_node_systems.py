@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -26,12 +27,13 @@ from std_msgs.msg import String  # noqa: E402
 from test_dpt_head import dpt_checkpoint, tensor_bytes  # noqa: E402
 from test_node import until  # noqa: E402
 from test_node_questions import AskingWorld  # noqa: E402
-from test_node_two_processes import CARD, FRAME, RELIABLE, NodeProcess, node_command, wait  # noqa: E402
+from test_node_two_processes import CARD, FRAME, RELIABLE, SLOW_NODE, NodeProcess, node_command, wait  # noqa: E402
 
 from depthlm_ros.camera import Camera  # noqa: E402
 from depthlm_ros.cards import CARD_FILE  # noqa: E402
 from depthlm_ros.messages import camera_info_message, header_stamp_ns, read_cloud, rgb_message  # noqa: E402
 from depthlm_ros.node import load_estimator  # noqa: E402
+from depthlm_ros.questions import LIMIT  # noqa: E402
 
 # Nearly the focal length that all these systems want, so that small images stay small.
 CAMERA = Camera(fx=900.0, fy=900.0, cx=47.5, cy=31.5, width=96, height=64)
@@ -178,6 +180,18 @@ def test_a_model_for_poses_tells_them_and_says_why_no_cloud_comes(start, tmp_pat
     assert header_stamp_ns(poses[0].header) < header_stamp_ns(poses[1].header)
     assert answers[0].data == POSE_TEXT and peer.heard["points"] == []
     assert process.stop() == 0, process.log
+
+
+def test_ctrl_c_ends_the_process_quietly_while_questions_wait(ros_domain):
+    process, peer = NodeProcess([sys.executable, "-c", SLOW_NODE]), Peer()
+    wait(process, lambda: peer.ask.get_subscription_count() > 0, "the node to take questions")
+    peer.send_until(process, lambda: "in work" in process.log, "a frame to be in work")
+    for _ in range(LIMIT + 1):
+        peer.ask.publish(String(data="What is it?"))
+    wait(process, lambda: len(peer.heard["depth_node/answer"]) == 1, "the oldest question to be refused")
+    peer.close()
+    assert process.stop() == 0, process.log
+    assert "Traceback" not in process.log
 
 
 def test_clouds_answers_and_points_at_once_come_from_one_copy_of_the_weights(ros_domain, tmp_path):
