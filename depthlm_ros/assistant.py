@@ -23,7 +23,7 @@ from depthlm_ros.errors import CameraError, ConfigError, PixelError
 from depthlm_ros.estimator import Estimator
 from depthlm_ros.markers import draw_arrow, drawable
 from depthlm_ros.motion import Measured, Said
-from depthlm_ros.objects import normalise_boxes, object_question, parse_length_m, parse_yes_no
+from depthlm_ros.objects import object_question, parse_length_m, parse_yes_no, shown_boxes
 from depthlm_ros.pose import RelativePose
 from depthlm_ros.published import MAX_VIEW_PIXELS, check_size
 
@@ -127,7 +127,7 @@ class Assistant:
         """
         self._require("object")
         view = self._view(image, camera, self._focal_px("object"))
-        asked = object_question(question, _shown_boxes(view, boxes))
+        asked = object_question(question, shown_boxes(view, boxes))
         text = self.estimator.engine.answer_about([view.image], [asked], tasks.OBJECT_MAX_NEW_TOKENS)[0].text
         return ObjectAnswer(asked, text, parse_yes_no(text), parse_length_m(text))
 
@@ -295,27 +295,3 @@ def _marked(image: np.ndarray, places: Sequence[np.ndarray]) -> np.ndarray:
     for u, v in places:
         image = draw_arrow(image, (int(u), int(v)))
     return image
-
-
-def _shown_boxes(view: UnifiedView, boxes: np.ndarray) -> np.ndarray:
-    """(N, 4) boxes of the source image as they are named in the text."""
-    source = view.source
-    normalised = normalise_boxes(boxes, source.width, source.height)
-    if view.policy == "published" and source.distortion.is_identity:
-        # The published rule reads the image as it was before the resize.
-        return normalised
-    # The view may be padded or undistorted: what the box becomes there is spanned by points around its border.
-    x1, y1, x2, y2 = (np.asarray(boxes, np.float64)[:, i, None] for i in range(4))
-    along = np.linspace(0, 1, 17)
-    across, down = x1 + (x2 - x1) * along, y1 + (y2 - y1) * along
-    u = np.concatenate([across, across, np.broadcast_to(x1, down.shape), np.broadcast_to(x2, down.shape)], axis=1)
-    v = np.concatenate([np.broadcast_to(y1, across.shape), np.broadcast_to(y2, across.shape), down, down], axis=1)
-    border = np.clip(np.stack([u, v], axis=-1), 0, (source.width - 1, source.height - 1))
-    at = view.from_source(border.reshape(-1, 2)).reshape(border.shape)
-    seen = np.isfinite(at).all(axis=(1, 2))
-    if not seen.all():
-        box = tuple(np.asarray(boxes)[np.flatnonzero(~seen)[0]].tolist())
-        raise PixelError(f"box {box} reaches beyond what the lens model can place; ask about a smaller one")
-    width, height = view.camera.width, view.camera.height
-    spanned = np.concatenate([at.min(axis=1), at.max(axis=1)], axis=1)
-    return normalise_boxes(np.clip(spanned, 0, (width - 1, height - 1) * 2), width, height)

@@ -12,11 +12,15 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from depthlm_ros.errors import PixelError
 from depthlm_ros.tasks import finite, mean_or_nan, strip_thinking
+
+if TYPE_CHECKING:
+    from depthlm_ros.camera import UnifiedView
 
 # VLM3's sample data: coordinates are round(px / size * 1000), at most 999.
 UNITS = 1000
@@ -70,6 +74,41 @@ def normalise_boxes(boxes: np.ndarray, width: int, height: int) -> np.ndarray:
             "in its pixels"
         )
     return np.clip(np.rint(boxes / size * UNITS), 0, UNITS - 1).astype(np.int64)
+
+
+def shown_boxes(view: UnifiedView, boxes: np.ndarray) -> np.ndarray:
+    """Boxes of the source image as they are named in a text about the view.
+
+    Args:
+        view: what the model sees.
+        boxes: (N, 4) `(x1, y1, x2, y2)` in pixels of the source image.
+
+    Returns:
+        (N, 4) int64 as of `normalise_boxes`.
+
+    Raises:
+        PixelError: as `normalise_boxes`, or a box that the lens model can't place.
+    """
+    source = view.source
+    normalised = normalise_boxes(boxes, source.width, source.height)
+    if view.policy == "published" and source.distortion.is_identity:
+        # The published rule reads the image as it was before the resize.
+        return normalised
+    # The view may be padded or undistorted: what the box becomes there is spanned by points around its border.
+    x1, y1, x2, y2 = (np.asarray(boxes, np.float64)[:, i, None] for i in range(4))
+    along = np.linspace(0, 1, 17)
+    across, down = x1 + (x2 - x1) * along, y1 + (y2 - y1) * along
+    u = np.concatenate([across, across, np.broadcast_to(x1, down.shape), np.broadcast_to(x2, down.shape)], axis=1)
+    v = np.concatenate([np.broadcast_to(y1, across.shape), np.broadcast_to(y2, across.shape), down, down], axis=1)
+    border = np.clip(np.stack([u, v], axis=-1), 0, (source.width - 1, source.height - 1))
+    at = view.from_source(border.reshape(-1, 2)).reshape(border.shape)
+    seen = np.isfinite(at).all(axis=(1, 2))
+    if not seen.all():
+        box = tuple(np.asarray(boxes)[np.flatnonzero(~seen)[0]].tolist())
+        raise PixelError(f"box {box} reaches beyond what the lens model can place; ask about a smaller one")
+    width, height = view.camera.width, view.camera.height
+    spanned = np.concatenate([at.min(axis=1), at.max(axis=1)], axis=1)
+    return normalise_boxes(np.clip(spanned, 0, (width - 1, height - 1) * 2), width, height)
 
 
 def region_text(box: Sequence[int]) -> str:
