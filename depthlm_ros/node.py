@@ -30,21 +30,19 @@ from rclpy.executors import ExternalShutdownException
 from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
 from rclpy.parameter import Parameter
 from rclpy.qos import QoSProfile
-from sensor_msgs.msg import CameraInfo, CompressedImage, Image
+from sensor_msgs.msg import CompressedImage
 
 from depthlm_ros import qos
+from depthlm_ros.camera_input import CameraInput, Pair
 from depthlm_ros.config import NODE_NAME, Parameters
 from depthlm_ros.depth import Frame
-from depthlm_ros.errors import CameraError, ConfigError, DepthLMError
+from depthlm_ros.errors import ConfigError, DepthLMError
 from depthlm_ros.inference import Inference, check_model, spoken_dialect
-from depthlm_ros.messages import header_stamp_ns
 from depthlm_ros.middleware import use_large_message_profile
 from depthlm_ros.monitor import Monitor
 from depthlm_ros.outputs import DEPTH_OUTPUTS, POSE_OUTPUT, build_outputs, diagnostics_message, pose_message
-from depthlm_ros.pairing import Pairing
 from depthlm_ros.question_topics import QuestionTopics
 from depthlm_ros.ros_parameters import changed, declare
-from depthlm_ros.topics import compressed_topic, sibling_topic
 from depthlm_ros.worker import Counts, Worker
 
 if TYPE_CHECKING:
@@ -60,8 +58,6 @@ _LOG_INTERVAL_S = 5.0
 _DEPTH_TOPICS = ("points", "depth", "overlay")
 
 EstimatorFactory = Callable[[Parameters], "Estimator"]
-# An image message and its CameraInfo, None where there is none.
-Pair = tuple[Any, "CameraInfo | None"]
 
 
 def load_estimator(parameters: Parameters) -> Estimator:
@@ -100,11 +96,9 @@ class DepthNode(LifecycleNode):
         self._estimator: Estimator | None = None
         self._worker: Worker[Pair] | None = None
         self._questions: QuestionTopics | None = None
-        self._pairing: Pairing[Any, CameraInfo] = Pairing()
         self._monitor = Monitor()
         self._outputs: dict[str, Any] = {}
-        self._inputs: list[Any] = []
-        self._topics = ("", "")
+        self._camera = CameraInput(self, self._take)
         self._listened: frozenset[str] = frozenset()
         self._active = False
         # What a worker publishes must not outlive deactivation: each activation has a number, and a frame
@@ -129,7 +123,7 @@ class DepthNode(LifecycleNode):
     @property
     def connected(self) -> bool:
         """Whether image and camera_info are subscribed to and each has a publisher."""
-        return bool(self._inputs) and all(each.get_publisher_count() for each in self._inputs)
+        return self._camera.connected
 
     # Lifecycle
 
@@ -187,7 +181,8 @@ class DepthNode(LifecycleNode):
         with self._publishing:
             self._activation += 1
         self._active = True
-        self._topics = image, info = self._input_topics()
+        self._camera.resolve()
+        image, info = self._camera.image_topic, self._camera.info_topic
         if "rect" in image.rsplit("/", 1)[-1] and not self.parameters.rectified:
             self.get_logger().warning(
                 f"{image} looks rectified, but K and D of {info} will be used; set -p rectified:=true if it is"
@@ -227,7 +222,7 @@ class DepthNode(LifecycleNode):
         self._listened = frozenset()
         with self._publishing:
             self._activation += 1
-        self._unsubscribe()
+        self._camera.close()
         if self._questions is not None:
             self._questions.close()
         if self._worker is not None:
@@ -268,19 +263,6 @@ class DepthNode(LifecycleNode):
 
     # Topics
 
-    def _input_topics(self) -> tuple[str, str]:
-        """Full names of the image topic and of its camera_info, remapping applied."""
-        image = self.resolve_topic_name("image")
-        if self.parameters.compressed:
-            image = compressed_topic(
-                image,
-                self.resolve_topic_name("image/compressed"),
-                self.resolve_topic_name("image/compressed", only_expand=True),
-            )
-        info = self.resolve_topic_name("camera_info")
-        remapped = info != self.resolve_topic_name("camera_info", only_expand=True)
-        return image, info if remapped else sibling_topic(image, "camera_info", self.parameters.compressed)
-
     def offer(self, kind: type, name: str, profile: QoSProfile) -> Any:
         """Makes a lifecycle publisher whose subscribers are told why they hear nothing."""
         topic = self.resolve_topic_name(name)
@@ -304,33 +286,7 @@ class DepthNode(LifecycleNode):
             qos_overriding_options=qos.overriding_options(),
         )
 
-    def _subscribe(self) -> None:
-        image, info = self._topics
-        kind = CompressedImage if self.parameters.compressed else Image
-        # camera_info first: where it is latched it is there when the first image comes.
-        self._inputs = [
-            self.hear(CameraInfo, info, self._on_info, qos.sensor_qos()),
-            self.hear(kind, image, self._on_image, qos.sensor_qos()),
-        ]
-
-    def _unsubscribe(self) -> None:
-        for subscription in self._inputs:
-            self.destroy_subscription(subscription)
-        self._inputs = []
-        self._pairing.clear()
-        if self._questions is not None:
-            self._questions.new_frame(None)
-
     # On the executor's thread
-
-    def _on_info(self, message: CameraInfo) -> None:
-        pair = self._pairing.add_info(header_stamp_ns(message.header), message)
-        if pair is not None:
-            self._take(pair)
-
-    def _on_image(self, message: Image | CompressedImage) -> None:
-        for pair in self._pairing.add_image(header_stamp_ns(message.header), message, time.monotonic_ns()):
-            self._take(pair)
 
     def _take(self, pair: Pair) -> None:
         self._questions.new_frame(pair)
@@ -347,34 +303,25 @@ class DepthNode(LifecycleNode):
     def tend_inputs(self) -> None:
         """Subscribes to the image while somebody listens or asks, and only then."""
         wanted = self._active and (bool(self._wanted()) or self._questions.want_frames)
-        if wanted and not self._inputs:
-            self._subscribe()
-        elif not wanted and self._inputs:
-            self._unsubscribe()
+        if wanted and not self._camera.is_open:
+            self._camera.open()
+        elif not wanted and self._camera.is_open:
+            self._camera.close()
+            self._questions.new_frame(None)
 
     def _keep_house(self) -> None:
         if not self._active:
             return
         self._listened = frozenset(n for n, output in self._outputs.items() if output.get_subscription_count())
-        self._questions.refuse_overdue(self._why_no_frame)
+        nothing = f"nothing new came on {self._camera.image_topic}"
+        self._questions.refuse_overdue(lambda: self._camera.complaint or nothing)
         self.tend_inputs()
-        for pair in self._pairing.overdue(time.monotonic_ns()):
-            self._take(pair)
-
-    def _why_no_frame(self) -> str:
-        if self._inputs and self._inputs[1].get_publisher_count() == 0:
-            return f"nobody publishes {self._topics[0]}; name the topic with -r image:=..."
-        return f"nothing new came on {self._topics[0]}"
+        self._camera.give_up_overdue()
 
     # On the worker's thread
 
     def _decode(self, inference: Inference, pair: Pair) -> Frame:
-        message, info = pair
-        if info is None:
-            raise CameraError(
-                f"an image came on {self._topics[0]} but no CameraInfo on {self._topics[1]}; publish one there, or "
-                "name the right topic with -r camera_info:=..."
-            )
+        message, info = pair[0], self._camera.require_info(pair[1])
         compressed = isinstance(message, CompressedImage)
         return inference.frame(message, info, compressed=compressed, rectified=self.parameters.rectified)
 
@@ -451,7 +398,7 @@ class DepthNode(LifecycleNode):
         asked = self._questions
         for sentence in self._mismatches.explain(
             self,
-            [*self._inputs, *(asked.subscriptions if asked else ())],
+            [*self._camera.subscriptions, *(asked.subscriptions if asked else ())],
             [*self._outputs.values(), *(asked.publishers.values() if asked else ())],
         ):
             self.get_logger().warning(sentence)
@@ -469,7 +416,7 @@ class DepthNode(LifecycleNode):
 
     def _describe_state(self) -> str:
         state = self._state_machine.current_state[1]
-        if state == "active" and not self._inputs:
+        if state == "active" and not self._camera.is_open:
             return "active, at rest: nobody listens to points, depth or overlay, and nobody asks"
         return state
 
@@ -482,9 +429,7 @@ class DepthNode(LifecycleNode):
                 f"nothing comes on {', '.join(sorted(silent))}: model {self.parameters.model} answers no depth "
                 f"questions, it is for {', '.join(card.tasks)}"
             )
-        if self._inputs and self._inputs[1].get_publisher_count() == 0:
-            warnings.append(f"nobody publishes {self._inputs[1].topic_name}; name the topic with -r image:=...")
-        return warnings
+        return [*warnings, *filter(None, [self._camera.complaint])]
 
 
 def main(args: list[str] | None = None, load: EstimatorFactory = load_estimator) -> int:

@@ -139,7 +139,7 @@ class QuestionTopics:
         for question in questions:
             text = f"{question} was not answered: {reason}"
             self._monitor.question_unanswered(text)
-            self._node.complain(reason, text)
+            self._node.complain(f"{question.kind} question", text)
             with self._publishing:
                 # Ctrl-C takes the context away before the node is closed.
                 if self._node.context.ok():
@@ -177,7 +177,7 @@ class QuestionTopics:
         )
         for _, _, problem in filter(lambda reply: reply[2], replies):
             self._monitor.question_unanswered(problem)
-            self._node.complain(problem, problem)
+            self._node.complain(f"{taken[0].kind} question", problem)
 
     def _texts(self, frame: Frame, taken: list[Question]) -> list[tuple[str, Any, str]]:
         replies = []
