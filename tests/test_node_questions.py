@@ -34,6 +34,7 @@ from test_node import (  # noqa: E402
 )
 
 from depthlm_ros import pose  # noqa: E402
+from depthlm_ros.camera import Camera  # noqa: E402
 from depthlm_ros.cards import load_card  # noqa: E402
 from depthlm_ros.depth import DepthResult  # noqa: E402
 from depthlm_ros.engines.base import Answer, ImageGrid  # noqa: E402
@@ -85,8 +86,13 @@ class Speaker(PacedEstimator):
             for q in questions
         ]
 
-    def estimate(self, *arguments: Any, **options: Any) -> DepthResult:
-        return super().estimate(*arguments, **options)
+    def estimate(self, image: np.ndarray, camera: Camera, pixels: np.ndarray, **options: Any) -> DepthResult:
+        """Plays that the first column is too near the border for the marker."""
+        result = super().estimate(image, camera, pixels, **options)
+        border = result.pixels[:, 0] < 1
+        if options["undrawable"] == "shift":
+            return replace(result, shifted=border)
+        return replace(result, asked=~border, depth_m=np.where(border, np.float32(np.nan), result.depth_m))
 
 
 class AskingWorld(World):
@@ -389,6 +395,26 @@ def test_a_dialect_named_for_a_model_without_depth_fails_the_transition(worlds):
     assert not world.transition(Transition.TRANSITION_CONFIGURE)[0]
     status = world.status_where(lambda s: value(s, "last error") != "", "the reason")
     assert "answers no depth questions, it is for object; leave dialect empty" in value(status, "last error")
+
+
+@pytest.mark.parametrize(
+    ("undrawable", "counts", "known"),
+    [("report", {"points not askable": HEIGHT, "points shifted": 0}, WIDTH * HEIGHT - HEIGHT),
+     ("shift", {"points not askable": 0, "points shifted": HEIGHT}, WIDTH * HEIGHT)],
+)  # fmt: skip
+def test_points_too_near_the_border_are_counted_whatever_becomes_of_them(worlds, undrawable, counts, known):
+    world = worlds(stride=1, undrawable=undrawable)
+    world.listen(PointCloud2, "points")
+    world.camera()
+    world.send(stamp=1)
+    until(lambda: world.heard["points"], "a cloud")
+    assert world.heard["points"][0].width == known
+    world.query(0.0, 5.0)
+    until(lambda: world.points, "a point")
+    assert math.isnan(world.points[0].point.z) == (undrawable == "report")
+    status = world.status_where(lambda s: value(s, "frames processed") == "1", "the counts")
+    assert {name: int(value(status, name)) for name in counts} == counts
+    assert value(status, "points unanswered") == "0"
 
 
 def stamps(messages: list[Any]) -> list[int]:
