@@ -18,14 +18,13 @@ from typing import Any
 
 import yaml
 
+from depthlm_ros.depth import DEPTH_KINDS
 from depthlm_ros.errors import ConfigError, DialectError, ModelError, unknown_choice
 from depthlm_ros.prompts import COORDINATE_RANGE, DIALECTS, SYSTEM_TEXT
-from depthlm_ros.weights import check_weights, folder_config, has_depth_head, hub_config
+from depthlm_ros.unify import POLICIES
+from depthlm_ros.weights import ARCHITECTURES, check_weights, folder_config, has_depth_head, hub_config
 
 CARD_FILE = "depthlm_card.yaml"
-ARCHITECTURES = ("qwen3_vl", "qwen2_5_vl", "llava")
-POLICIES = ("published", "exact")
-DEPTH_KINDS = ("z", "euclidean")
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
@@ -92,7 +91,7 @@ class ModelCard:
         self._check_choice("default_dialect", self.default_dialect, self.dialects)
         self._check_choice("architecture", self.architecture, ARCHITECTURES)
         self._check_choice("policy", self.policy, POLICIES)
-        self._check_choice("depth_kind", self.depth_kind, DEPTH_KINDS)
+        self._check_choice("depth_kind", self.depth_kind, tuple(DEPTH_KINDS))
         self._check("scores", isinstance(self.scores, Mapping) and all(isinstance(k, str) for k in self.scores),
                     "a mapping of names to figures")  # fmt: skip
         if self.scores and not self.scores.get("source"):
