@@ -394,7 +394,8 @@ class DepthNode(LifecycleNode):
 
     def _warnings(self) -> list[str]:
         warnings = list(self._qos_sentences)
-        if self._inputs and self._inputs[1].get_publisher_count() == 0:
+        # Counted in the graph: a publisher whose QoS doesn't match is there all the same.
+        if self._inputs and self.count_publishers(self._inputs[1].topic_name) == 0:
             warnings.append(f"nobody publishes {self._inputs[1].topic_name}; name the topic with -r image:=...")
         return warnings
 
