@@ -51,7 +51,7 @@ class TextStage:
             Digits alone say "wrong" with no direction; this says how far off.
     """
 
-    steps: int = 3000
+    steps: int = 2600
     guided_from: int = 1000
     images: int = 6
     questions: int = 16
