@@ -296,7 +296,7 @@ def _opened(path: Path) -> Iterator[AnyReader]:
 def _damage(path: Path, error: Exception) -> str:
     size = sum(file.stat().st_size for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file())
     return (
-        f"recording {path} ({size} bytes) can't be read: {type(error).__name__}: {error}; "
+        f"recording {path} ({size} bytes) can't be read: {type(error).__name__}: {' '.join(str(error).split())}; "
         "it is truncated or damaged, copy it again or repair it with 'ros2 bag reindex' or 'mcap recover'"
     )
 

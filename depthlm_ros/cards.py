@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from depthlm_ros.errors import LicenceError, ModelError, unknown_choice
-from depthlm_ros.modelcard import ARCHITECTURES, ModelCard, read_card
+from depthlm_ros.modelcard import ModelCard, read_card
 from depthlm_ros.prompts import SYSTEM_TEXT
 from depthlm_ros.weights import (
+    ARCHITECTURES,
     check_sha256,
     check_weights,
     depth_head,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,13 +29,22 @@ def main(argv: list[str] | None = None) -> int:
     """Runs one command.
 
     Returns:
-        The exit code: 0; 1 after an error of ours, which is printed as one line on standard error.
+        The exit code: 0; 1 after an error of ours or a file that can't be written, printed on standard error.
     """
     arguments = build_parser().parse_args(argv)
     try:
         return arguments.run(arguments)
     except DepthLMError as error:
         print(f"depthlm: {type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:
+        # Whoever reads us (`| head`) has seen enough; the interpreter's last flush must not complain either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"depthlm: can't use {error.filename}: {error.strerror}; name another place", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("depthlm: interrupted", file=sys.stderr)

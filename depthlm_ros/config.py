@@ -18,7 +18,7 @@ from typing import Any, get_type_hints
 
 import yaml
 
-from depthlm_ros.errors import ConfigError
+from depthlm_ros.errors import ConfigError, unknown_choice
 
 NODE_NAME = "depth_node"
 # Points a frame when `points` is 0 and the dialect answers in words: each point costs a question.
@@ -289,8 +289,7 @@ def refuse_unknown(names: Iterable[str]) -> None:
     known = [f.name for f in dataclasses.fields(Parameters)]
     for name in names:
         if name not in known:
-            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-            raise ConfigError(f"there is no parameter {name!r}; did you mean {nearest!r}? All: {', '.join(known)}")
+            raise ConfigError(unknown_choice("parameter", name, known))
 
 
 def read_yaml(path: Path | str, node: str = NODE_NAME) -> dict[str, Any]:

@@ -12,12 +12,12 @@ from typing import Any
 
 import yaml
 
+from depthlm_ros.depth import DEPTH_KINDS
 from depthlm_ros.errors import ConfigError, DialectError, unknown_choice
 from depthlm_ros.prompts import COORDINATE_RANGE, DIALECTS
+from depthlm_ros.unify import POLICIES
+from depthlm_ros.weights import ARCHITECTURES
 
-ARCHITECTURES = ("qwen3_vl", "qwen2_5_vl", "llava")
-POLICIES = ("published", "exact")
-DEPTH_KINDS = ("z", "euclidean")
 SYSTEMS = ("depthlm", "vlm3", "depthvlm", "own")
 
 # What a model can be asked. `depth` is the distance of a point, in one of the dialects; `object`, `correspondence` and
@@ -130,7 +130,7 @@ class ModelCard:
             self._check_choice("dialect", dialect, DIALECTS)
         self._check("dialects", len(set(self.dialects)) == len(self.dialects), "a list that names each dialect once")
         self._check_choice("default_dialect", self.default_dialect, self.dialects)
-        self._check_choice("depth_kind", self.depth_kind, DEPTH_KINDS)
+        self._check_choice("depth_kind", self.depth_kind, tuple(DEPTH_KINDS))
 
     @property
     def about(self) -> str:

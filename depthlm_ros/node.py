@@ -442,7 +442,14 @@ def main(args: list[str] | None = None, load: EstimatorFactory = load_estimator)
         Exit status.
     """
     use_large_message_profile(os.environ)
-    rclpy.init(args=args)
+    try:
+        rclpy.init(args=args)
+    except RuntimeError as error:
+        # A wrong --ros-args, or no place for the log, which ROS names by the line of its own source only.
+        no_log = not any(os.environ.get(name) for name in ("ROS_LOG_DIR", "ROS_HOME", "HOME"))
+        remedy = "set HOME or ROS_LOG_DIR, ROS writes its log there" if no_log else "correct what follows --ros-args"
+        print(f"depth_node: ROS does not start: {error}; {remedy}", file=sys.stderr)
+        return 1
     node = None
     status = 0
     try:

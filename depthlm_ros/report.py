@@ -102,7 +102,8 @@ def summary(run: Run) -> str:
             f"row prior {baselines['row_prior']['delta1']:.3f} (oracles, fitted to these very points)",
             f"  AbsRel        {_number(depth['abs_rel'])}",
             f"  RMSE, m       {_number(depth['rmse'])}",
-            f"  compared      {scores['compared']} of {scores['labels']} true depths",
+            f"  compared      {scores['compared']} of {scores['labels']} true depths, "
+            f"{depth['answered']} with an answer (without one is wrong)",
         ]
     else:
         lines.append("  nothing to score: no true depth at any asked pixel")
@@ -205,7 +206,10 @@ def _score_section(run: Run, scores: dict) -> str:
         ("mean of the image row", baselines["row_prior"]["delta1"], None),
     ]
     predicted, true = run.tally.pairs()
-    coverage = f"Compared: {scores['compared']} of {scores['labels']} true depths, those at answered pixels."
+    coverage = (
+        f"Compared: {scores['compared']} of {scores['labels']} true depths, those at asked pixels; "
+        f"{scores['depth']['answered']} have an answer, the others count as wrong."
+    )
     return (
         '<div class="two"><div class="box"><h2 style="margin-top:0">δ1 beside baselines</h2>'
         f'{charts.bars(rows)}<p class="soft">Baselines: {_text(baselines["note"])}. '

@@ -7,7 +7,6 @@ leaves alone.
 
 from __future__ import annotations
 
-import difflib
 import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -17,7 +16,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from depthlm_ros.errors import CameraError, ConfigError, ImageError, PixelError
+from depthlm_ros.errors import CameraError, ConfigError, ImageError, PixelError, unknown_choice
 from depthlm_ros.lens import Distortion
 from depthlm_ros.published import MAX_VIEW_PIXELS, check_size, published_view
 
@@ -120,8 +119,7 @@ def unify(
         ConfigError: an unknown policy or a focal length that isn't positive.
     """
     if policy not in POLICIES:
-        near = difflib.get_close_matches(str(policy), POLICIES, n=1, cutoff=0.0)[0]
-        raise ConfigError(f"unknown policy {policy!r}; did you mean {near!r}? Known are {', '.join(POLICIES)}")
+        raise ConfigError(unknown_choice("policy", policy, POLICIES))
     if not (math.isfinite(focal_px) and focal_px > 0):
         raise ConfigError(f"focal length {focal_px}; pass the model's unified focal length in pixels, above zero")
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:

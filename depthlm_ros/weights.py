@@ -12,6 +12,9 @@ from safetensors import SafetensorError, safe_open
 
 from depthlm_ros.errors import ModelError
 
+ARCHITECTURES = ("qwen3_vl", "qwen2_5_vl", "llava")
+"""`model_type` of the checkpoints that we run; of llava only those with Pixtral's vision tower."""
+
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _DEPTH_HEAD = "depth_head."
 _BLOCK = 1 << 22

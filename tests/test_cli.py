@@ -102,6 +102,30 @@ def test_errors_are_one_line_and_exit_code_1(tmp_path, monkeypatch, capsys, argu
     assert error.count("\n") == 1
 
 
+def test_a_damaged_index_is_an_error_of_one_line(tmp_path, capsys):
+    write_bag(tmp_path / "bag", drive(1))
+    (tmp_path / "bag" / "metadata.yaml").write_text("rubbish: [\n")
+    assert main(["bag", "info", str(tmp_path / "bag")]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"depthlm: BagError: recording {tmp_path / 'bag'}") and error.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_a_place_that_cannot_be_written_is_named(tmp_path, photograph, model, capsys):
+    (tmp_path / "file").write_text("")
+    out = tmp_path / "file" / "cloud.ply"
+    assert main(["estimate", photograph, "--fx", "60", "--model", model, "--device", "cpu", "--out", str(out)]) == 1
+    assert f"depthlm: can't use {tmp_path / 'file'}" in capsys.readouterr().err
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(tmp_path):
+    write_bag(tmp_path / "bag", drive(1))
+    command = [sys.executable, "-m", "depthlm_ros.cli", "bag", "info", str(tmp_path / "bag")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert process.communicate()[1] == b""
+
+
 def test_depth_suffix_is_checked_before_the_model_is_loaded(photograph, capsys):
     assert main(["estimate", photograph, "--fx", "60", "--out", "c.ply", "--depth", "d.tif"]) == 1
     assert "suffix '.tif'; use .npy or .png" in capsys.readouterr().err

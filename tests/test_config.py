@@ -43,7 +43,7 @@ def test_the_table_has_a_row_for_every_setting():
     [("pionts", "points"), ("max_depth", "max_depth_m"), ("model_name", "model"), ("Stride", "stride")],
 )
 def test_an_unknown_name_is_answered_with_the_nearest_one(wrong, nearest):
-    with pytest.raises(ConfigError, match=f"no parameter '{wrong}'; did you mean '{nearest}'"):
+    with pytest.raises(ConfigError, match=f"unknown parameter '{wrong}'; did you mean '{nearest}'"):
         Parameters.from_mapping({wrong: 1})
 
 

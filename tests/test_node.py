@@ -498,6 +498,7 @@ def test_a_publisher_whose_qos_cannot_match_is_explained(worlds):
     status = world.status_where(lambda s: s.level == DiagnosticStatus.WARN and "reliability" in s.message, "a warning")
     assert "offers reliability best_effort, this node requests reliable" in status.message
     assert "-p qos_overrides./image.subscription.reliability:=best_effort" in status.message
+    assert "nobody publishes" not in status.message
 
 
 def test_an_image_topic_without_publisher_is_told(worlds):

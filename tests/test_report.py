@@ -69,6 +69,8 @@ def test_a_label_beyond_the_radius_is_left_out_but_counted():
 def test_without_an_answer_a_label_is_wrong():
     run = run_of(answered([[10, 10], [20, 20]], [2.0, np.nan], labels((10, 10, 2.0), (20, 20, 3.0))))
     assert run.tally.scores()["depth"]["delta1"] == 0.5
+    assert "2 of 2 true depths, 1 with an answer" in summary(run)
+    assert "2 of 2 true depths, those at asked pixels; 1 have an answer" in page(run)
 
 
 @given(st.lists(st.tuples(st.integers(0, 63), st.integers(0, 47)), min_size=1, max_size=40, unique=True), st.data())

@@ -14,9 +14,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from depthlm_ros.errors import ModelError
-from depthlm_ros.weights import check_weights, folder_config
+from depthlm_ros.weights import ARCHITECTURES, check_weights, folder_config
 
-ARCHITECTURES = ("qwen3_vl", "qwen2_5_vl", "llava")
 HEAD_PREFIX = "depth_head."
 HUB_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.safetensors", "*.yaml"]
 OTHER_FORMATS = ["consolidated*", "original/*"]  # the same weights once more, as other programs want them
