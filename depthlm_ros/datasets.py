@@ -248,9 +248,10 @@ def _recognise(row: dict, path: Path) -> str:
 
 
 def _find(name: str, folders: list[Path], where: str, option: str) -> Path:
-    for folder in folders:
-        if (folder / name).is_file():
-            return folder / name
+    # A name with a slash in front is a path of its own or, as DepthLM's readers take it, below the folder all the same.
+    for place in (folder / below for below in (name, name.lstrip("/")) for folder in folders):
+        if place.is_file():
+            return place
     looked = ", ".join(str(folder) for folder in folders)
     raise DatasetError(f"{where}: file {name!r} was not found in {looked}; name its folder with {option}")
 

@@ -95,6 +95,19 @@ def test_image_key_of_the_matterport_script_is_understood(tmp_path):
     assert LabelledImages(path)[0].name == "rgb/0.png"
 
 
+def test_a_slash_before_a_name_does_not_lead_out_of_the_folder(tmp_path):
+    assert LabelledImages(write_depthlm_labels(tmp_path, image="/rgb/0.png"))[0].name == "/rgb/0.png"
+    whole = LabelledImages(write_depthlm_labels(tmp_path, image=str(tmp_path / "rgb" / "1.png")))
+    assert np.array_equal(whole[0].image, picture(1))
+
+
+@pytest.mark.parametrize("focal_px", [[0, 62], [62, 0]])
+def test_a_focal_length_of_zero_is_the_other_one_as_the_authors_repair_it(tmp_path, focal_px):
+    row = LabelledImages(write_depthlm_labels(tmp_path, intrinsics=[*focal_px, 31, 24.5, 64, 48]))[0]
+    assert (row.camera.fx, row.camera.fy) == (62, 62)
+    assert row.notes == ("a focal length of 0 was taken to be the other one",)
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [

@@ -6,12 +6,18 @@ formulas: `expected[i]` belongs to `pixels[i]` and is null where the authors' bo
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from depthlm_ros.benchmark import run_protocol
 from depthlm_ros.camera import Camera, unify
+from depthlm_ros.cards import load_card
+from depthlm_ros.engines.base import Answer, EngineInfo, ImageGrid
+from depthlm_ros.estimator import Estimator
 from depthlm_ros.markers import draw_arrow, drawable
 
 CASES = json.loads((Path(__file__).parent / "golden" / "depthlm" / "dev.json").read_text())
@@ -35,9 +41,24 @@ def published(case):
 each_case = pytest.mark.parametrize("case", CASES, ids=[f"seed{case['seed']}" for case in CASES])
 
 
-def test_the_golden_file_is_whole():
-    assert len(CASES) == 12
-    assert sum(expected is not None for case in CASES for expected in case["expected"]) == 56
+class Eye:
+    """An engine that keeps what it was shown and asked."""
+
+    info = EngineInfo("eye", "none", "llava", "cpu", "float32", ("a test",), 0, False)
+    grid = ImageGrid(multiple=16, min_pixels=256, max_pixels=1 << 22)
+
+    def __init__(self):
+        self.seen = []
+
+    def answer_each(self, images, questions, max_new_tokens):
+        self.seen += [(image.shape[1::-1], image, text) for image, text in zip(images, questions, strict=True)]
+        return [Answer("<answer> 2.00 </answer>", (), 0.5)] * len(images)
+
+
+def test_the_golden_file_has_points_of_both_kinds():
+    skipped = [expected is None for case in CASES for expected in case["expected"]]
+    assert any(skipped) and not all(skipped)
+    assert all(len(case["pixels"]) == len(case["expected"]) for case in CASES)
 
 
 @each_case
@@ -68,3 +89,23 @@ def test_marked_images_equal_the_authors_byte_for_byte(case):
             marked = draw_arrow(view.image, pixel)
             assert (marked == (255, 0, 0)).all(axis=-1).sum() == expected["red"]
             assert hashlib.sha256(marked.tobytes()).hexdigest() == expected["sha256"]
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
+@each_case
+def test_a_labels_file_puts_the_authors_images_and_question_before_the_model(case, mode, tmp_path):
+    pytest.importorskip("math_verify")
+    width, height = case["width"], case["height"]
+    Image.fromarray(golden_image(width, height, case["seed"])).convert(mode).save(tmp_path / "a.png")
+    row = {
+        "image": "/a.png", "intrinsics": [*case["intrinsics"], width, height], "pixel_coords": case["pixels"],
+        "depth": [2.0] * len(case["pixels"]),
+    }  # fmt: skip
+    (tmp_path / "labels.jsonl").write_text(json.dumps(row))
+    estimator = Estimator(replace(load_card("depthlm-12b")[0], focal_px=float(case["focal"])), Eye())
+    figures = run_protocol(tmp_path / "labels.jsonl", estimator, "dataset_inference", samples=0).figures
+    asked = [expected for expected in case["expected"] if expected is not None]
+    assert (figures["questions"], figures["not_askable"]) == (len(case["pixels"]), len(case["pixels"]) - len(asked))
+    for expected, (size, image, question) in zip(asked, estimator.engine.seen, strict=True):
+        assert expected["size"] == list(size) and expected["prompt"] == question
+        assert hashlib.sha256(image.tobytes()).hexdigest() == expected["sha256"]
