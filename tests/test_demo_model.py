@@ -1,4 +1,4 @@
-"""The shipped model is what its card says: it loads anywhere that Qwen3-VL loads, speaks its dialects, scores as stated."""
+"""The shipped model is what its card says: it loads where Qwen3-VL loads, speaks its dialects, scores as stated."""
 
 from __future__ import annotations
 
@@ -75,8 +75,10 @@ def test_stock_transformers_loads_it_and_says_the_same(demo, scenes):
     ours = demo.estimate(scene.image, scene.camera, scene.pixels[:6], dialect="coordinates")
     inputs = demo.engine.processor.images([view.image])
     for (x, y), answer in zip(at.tolist(), ours.answers, strict=True):
-        message = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": coordinates_question(x, y)}]}]
-        text = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+        content = [{"type": "image"}, {"type": "text", "text": coordinates_question(x, y)}]
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+        )
         tokens = (view.camera.width // 32) * (view.camera.height // 32)
         ids = tokenizer(text.replace("<|image_pad|>", "<|image_pad|>" * tokens), return_tensors="pt").input_ids
         said = model.generate(
