@@ -13,7 +13,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from depthlm_ros.compat import read_number, require_math_verify, verdicts
+from depthlm_ros.compat import read_number, require_math_verify, verdicts, vlm3_delta1
 from depthlm_ros.datasets import LabelledImage, LabelledImages
 from depthlm_ros.depth import DepthResult
 from depthlm_ros.depthvlm_bench import bench_delta1, in_range
@@ -45,7 +45,8 @@ def run_protocol(
 
     Figures of `dataset_eval` and `dataset_inference`: `delta1_published_metric` is the authors' verdict (math-verify on
     the whole text) and `delta1_strict_parser` that of our grammar, over the same answers and against the labels as
-    they stand in the file. The run's own scores count each point once and are z-depth against z-depth.
+    they stand in the file; a model of VLM3 gets `delta1_vlm3_notebook` too, which leaves out what it
+    can't read. The run's own scores count each point once and are z-depth against z-depth.
 
     Args:
         source: a labels file of DepthLM's schema (`dataset_*`) or DepthVLM's (`depthvlm_bench`).
@@ -100,13 +101,19 @@ def summary(run: Run) -> str:
         )
     if "protocol" not in figures:
         return ""
-    return (
+    lines = (
         f"  protocol      {figures['protocol']}: {figures['questions']} questions, {figures['moved_on']} of them moved "
         f"on from a point too near the border, {figures['not_askable']} not askable\n"
         f"  δ1, authors'  {figures['delta1_published_metric']:.3f} (math-verify on the whole text; "
         f"{figures['unread_published_metric']} unread)\n"
         f"  δ1, strict    {figures['delta1_strict_parser']:.3f} (our grammar on the same answers; "
         f"{figures['unread_strict_parser']} unread)"
+    )
+    if figures.get("delta1_vlm3_notebook") is None:
+        return lines
+    return lines + (
+        f"\n  δ1, VLM3's    {figures['delta1_vlm3_notebook']:.3f} (its notebook's, which leaves out "
+        f"{figures['left_out_vlm3_notebook']} it can't read)"
     )
 
 
@@ -140,7 +147,7 @@ def _depthlm_run(
     frames = up_to_failure(_answered(rows, wanted, points, estimator, dialect, texts), failures)
     for frame in progress(frames, len(wanted), protocol):
         tally.add(frame)
-    figures = _depthlm_figures(protocol, questions, texts, depths)
+    figures = _depthlm_figures(protocol, questions, texts, depths, vlm3=estimator.card.system == "vlm3")
     notes = (
         f"answers end after {estimator.card.max_new_tokens} tokens, the published limit is 4096",
         f"focal length {estimator.card.focal_px:g} px, the model's own; the published program has 750 px for any model",
@@ -171,13 +178,17 @@ def _frame(item: LabelledImage, result: DepthResult, seconds: float) -> Answered
 
 
 def _depthlm_figures(
-    protocol: str, questions: list[Question], texts: dict[tuple[int, int], str], depths: list[list[float]]
+    protocol: str, questions: list[Question], texts: dict[tuple[int, int], str], depths: list[list[float]], vlm3: bool
 ) -> dict:
     done = [question for question in questions if (question.record, question.point) in texts]
     said = [texts[question.record, question.point] for question in done]
     true = np.array([depths[question.record][question.point] for question in done])
     strict = np.array([parse_depth(text) or np.nan for text in said])
     right = np.maximum(strict / true, true / strict) < DELTA
+    notebook = {}
+    if vlm3:
+        delta1, counted = vlm3_delta1(said, true)
+        notebook = {"delta1_vlm3_notebook": delta1 if counted else None, "left_out_vlm3_notebook": len(said) - counted}
     return {
         "protocol": protocol,
         "questions": len(questions),
@@ -188,6 +199,7 @@ def _depthlm_figures(
         "delta1_strict_parser": float(np.mean(right)),
         "unread_published_metric": sum(read_number(text) is None for text in said),
         "unread_strict_parser": int(np.isnan(strict).sum()),
+        **notebook,
     }
 
 

@@ -20,7 +20,7 @@ from depthlm_ros.errors import ConfigError, DatasetError, DepthLMError, ImageErr
 from depthlm_ros.protocols import PROTOCOLS, PUBLISHED_SAMPLES
 
 MODEL_SETTINGS = ("model", "commercial_use", "dialect", "policy", "device", "dtype", "batch_size")
-PIXEL_SETTINGS = ("points", "stride", "sampling")
+PIXEL_SETTINGS = ("points", "stride", "sampling", "undrawable")
 FILTERS = ("max_depth_m", "min_confidence")
 RESULTS = Path("results/latest")
 
@@ -124,7 +124,9 @@ def _estimate(arguments: argparse.Namespace) -> int:
     dialect = parameters.dialect or estimator.card.default_dialect
     query = plan_query(parameters, dialect, camera.width, camera.height, whole=arguments.depth is not None)
     with tqdm(total=len(query.pixels), desc="estimate", unit="point", disable=None) as bar:
-        answer = estimator.estimate(image, camera, query.pixels, dialect=dialect, progress=bar.update)
+        answer = estimator.estimate(
+            image, camera, query.pixels, dialect=dialect, progress=bar.update, undrawable=parameters.undrawable
+        )
     result = keep_good(answer, parameters)
     cloud = slice(None) if query.cloud_rows is None else query.cloud_rows
     pixels, depth_m = result.pixels[cloud], result.depth_m[cloud]
@@ -133,7 +135,13 @@ def _estimate(arguments: argparse.Namespace) -> int:
     comment = f"depthlm estimate {arguments.image}"
     written = write_ply(arguments.out, xyz_m, image[rows, columns], result.confidence[cloud], comment)
     seconds = sum(result.timing_s.values())
-    print(f"asked {len(result)} pixels ({dialect}), {int(result.valid.sum())} answers in {seconds:.2f} s")
+    asked = int(result.asked.sum())
+    print(f"asked {asked} pixels ({dialect}), {int(result.valid.sum())} answers in {seconds:.2f} s")
+    if asked < len(result):
+        why = "too near the border (--undrawable shift asks beside them) or " if dialect == "marker" else ""
+        print(f"not askable: {len(result) - asked} pixels, {why}out of the model's view")
+    if result.shifted.any():
+        print(f"asked beside the pixel: {int(result.shifted.sum())}, too near the border for the marker")
     if result.valid.any():
         low, middle, high = np.nanpercentile(result.depth_m, (5, 50, 95))
         print(f"depth: median {middle:.2f} m, 5 % to 95 %: {low:.2f} m to {high:.2f} m")

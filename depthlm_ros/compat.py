@@ -1,7 +1,7 @@
-"""The verdict that DepthLM's own metric gives on an answer, for figures that are to be comparable with published ones.
+"""The verdicts that the authors' own metrics give on answers, for figures to be compared with published ones.
 
-Ours is `prompts.parse_depth` with `metrics.depth_metrics`, which is stricter; a report shows both. The published rule
-(utils/metrics.py of the DepthLM repository):
+Ours is `prompts.parse_depth` with `metrics.depth_metrics`, which is stricter; a report shows both. DepthLM's rule
+(utils/metrics.py of its repository):
 
 1. The prediction is the first thing that math-verify 0.9.0 parses from the *whole* answer, thinking included, as float.
 2. It is right if max(p / g, g / p) < 1.25, the bound itself excluded, g being the true depth in metres.
@@ -12,10 +12,15 @@ read as 1; "<answer>3.5</answer>" without white space isn't read at all; a numbe
 answer has none; of several answers the last one counts.
 
 math-verify is run, not imitated: its reading of free text is hundreds of lines of patterns on top of sympy.
+
+VLM3's rule (its notebook) needs no library: one expression reads the number, and answers without one, or with a number
+that isn't positive, are left out of the count.
 """
 
 from __future__ import annotations
 
+import math
+import re
 import threading
 from collections.abc import Sequence
 from functools import lru_cache
@@ -31,6 +36,9 @@ INSTALL = f'pip install "math-verify[antlr4_13_2]=={MATH_VERIFY}"'
 DELTA = 1.25
 # math-verify's own limit for parsing. A tower of powers parses at once and then can't be evaluated in any time.
 _SECONDS = 5
+# VLM3's <answer>\s*([-+]?\d*\.?\d+(?:[eE][-+]?\d+)?)\s*</answer>, without two adjacent loops over digits, so that it
+# stays linear on a megabyte of them.
+_VLM3_ANSWER = re.compile(r"<answer>\s*([-+]?(?:\d+(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?)\s*</answer>")
 
 
 @lru_cache(maxsize=1)
@@ -97,6 +105,32 @@ def verdicts(texts: Sequence[str], true_m: Sequence[float] | np.ndarray) -> np.n
         raise DatasetError(f"{len(texts)} answers for {len(true_m)} depths; give one true depth for each answer")
     pairs = zip(texts, np.asarray(true_m, np.float64).tolist(), strict=True)
     return np.array([is_correct(text, true) for text, true in pairs], dtype=bool)
+
+
+def read_vlm3_number(text: str) -> float | None:
+    """What VLM3's notebook reads in an answer: the first tagged number, sign and exponent allowed; None without one."""
+    found = _VLM3_ANSWER.search(text)
+    return float(found.group(1)) if found else None
+
+
+def vlm3_delta1(texts: Sequence[str], true_m: Sequence[float] | np.ndarray) -> tuple[float, int]:
+    """VLM3's delta1, which leaves out what it can't read.
+
+    Args:
+        texts: what the model wrote, special tokens removed.
+        true_m: true depths in metres, above zero.
+
+    Returns:
+        The share of right answers among the counted ones (NaN without any), and how many were counted.
+
+    Raises:
+        DatasetError: another number of texts than of depths.
+    """
+    if len(texts) != len(true_m):
+        raise DatasetError(f"{len(texts)} answers for {len(true_m)} depths; give one true depth for each answer")
+    pairs = [(read_vlm3_number(text), float(true)) for text, true in zip(texts, true_m, strict=True)]
+    right = [max(said / true, true / said) < DELTA for said, true in pairs if said is not None and said > 0]
+    return (sum(right) / len(right) if right else math.nan), len(right)
 
 
 # Answers repeat: a model says few distinct depths.

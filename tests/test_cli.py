@@ -62,6 +62,22 @@ def test_estimate_writes_cloud_and_depth(tmp_path, photograph, model, capsys):
     assert np.array_equal(cloud["red"], picture()[rows, columns, 0])
 
 
+def test_estimate_says_which_points_the_marker_cannot_reach(tmp_path, photograph, llava_checkpoint, capsys):
+    command = ["estimate", photograph, "--fx", "750", "--model", str(llava_checkpoint), "--device", "cpu"]
+    command += ["--points", "12", "--out", str(tmp_path / "cloud.ply")]
+    main(command)
+    # At the model's own focal length a grid of 4 x 3 stays 8 px from the border.
+    reported = capsys.readouterr().out
+    assert "asked 12 pixels (marker)" in reported and "not askable" not in reported
+    main([*command[:-4], "--points", "300", *command[-2:]])
+    reported = capsys.readouterr().out
+    asked = int(re.search(r"asked (\d+) pixels", reported)[1])
+    assert 0 < asked < 300 and f"not askable: {300 - asked} pixels, too near the border" in reported
+    main([*command[:-4], "--points", "300", "--undrawable", "shift", *command[-2:]])
+    shifted = capsys.readouterr().out
+    assert "asked 300 pixels" in shifted and f"asked beside the pixel: {300 - asked}" in shifted
+
+
 @pytest.mark.parametrize(
     ("given", "expected"),
     [

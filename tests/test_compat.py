@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 from importlib import metadata
 from pathlib import Path
@@ -13,7 +14,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from depthlm_ros import compat
-from depthlm_ros.compat import is_correct, read_number, verdicts
+from depthlm_ros.compat import is_correct, read_number, read_vlm3_number, verdicts, vlm3_delta1
 from depthlm_ros.errors import DatasetError, MissingDependencyError
 from depthlm_ros.prompts import answer_text, parse_depth
 
@@ -106,8 +107,51 @@ class TestVerdicts:
 
 
 def test_numbers_of_answers_and_depths_must_agree():
-    with pytest.raises(DatasetError, match="1 answers for 2 depths"):
-        verdicts(["2"], [1.0, 2.0])
+    for count in (verdicts, vlm3_delta1):
+        with pytest.raises(DatasetError, match="1 answers for 2 depths"):
+            count(["2"], [1.0, 2.0])
+
+
+# The published expression as it stands.
+VLM3_ANSWER = r"<answer>\s*([-+]?\d*\.?\d+(?:[eE][-+]?\d+)?)\s*</answer>"
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("<think> 7.00 meters </think>\n\n<answer> 2.42 </answer>", 2.42),
+        ("<answer>2.42</answer>", 2.42),
+        ("<answer> 1e1 </answer>", 10.0),
+        ("<answer> -2.0 </answer>", -2.0),
+        ("<answer> .5 </answer>", 0.5),
+        ("<answer> 5. </answer>", None),
+        ("<answer> 2.42 meters </answer>", None),
+        ("<answer> far </answer><answer> 3 </answer>", 3.0),
+        ("7.00 meters", None),
+    ],
+)
+def test_what_vlm3_reads(text, number):
+    assert read_vlm3_number(text) == number
+
+
+@given(st.lists(st.sampled_from(["<answer>", "</answer>", " ", "-", "+", ".", "e", "E", "0", "17", "x", "\n"])))
+@example(["<answer>", "17", ".", "0", "e", "-", "0", " ", "</answer>"])
+def test_vlm3s_expression_is_kept(parts):
+    text = "".join(parts)
+    found = re.search(VLM3_ANSWER, text)
+    assert read_vlm3_number(text) == (float(found.group(1)) if found else None)
+
+
+def test_a_megabyte_of_digits_is_read_at_once():
+    assert read_vlm3_number("<answer>" + "1" * 1_000_000) is None
+
+
+def test_vlm3_counts_only_what_it_reads():
+    said = ["<answer> 2 </answer>", "<answer> 9 </answer>", "far", "<answer> -2 </answer>", "<answer> 0 </answer>"]
+    assert vlm3_delta1(said, [2.0] * 5) == (0.5, 2)
+    assert vlm3_delta1(["<answer> 2.5 </answer>"], [2.0]) == (0.0, 1)
+    share, counted = vlm3_delta1(["far"], [2.0])
+    assert np.isnan(share) and counted == 0
 
 
 @pytest.mark.parametrize(("seen", "message"), [(None, "needs math-verify"), ("0.8.0", "0.8.0 is installed")])

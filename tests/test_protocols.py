@@ -198,6 +198,19 @@ class TestRuns:
         assert figures["delta1_published_metric"] == figures["delta1_strict_parser"] == 0.5
         assert (figures["questions"], figures["answered_questions"], figures["not_askable"]) == (10, 8, 2)
 
+    def test_a_model_of_vlm3_is_counted_as_its_notebook_does_too(self, labels):
+        pytest.importorskip("math_verify")
+        estimator = parrot(card="vlm3-depth")
+        said = iter(["<answer> 2e0 </answer>", "far"] * 5)
+        estimator.engine.answer_shared = lambda image, questions, tokens: [
+            Answer(next(said), (), 0.5) for _ in questions
+        ]
+        run = run_protocol(labels, estimator, "dataset_inference", samples=0)
+        # Of 1, 1.74 and 2.48 m in the first image and 1.37 and 2.11 m in the second, 2 m is right for three.
+        assert (run.figures["delta1_vlm3_notebook"], run.figures["left_out_vlm3_notebook"]) == (0.6, 5)
+        assert run.figures["delta1_strict_parser"] == 0
+        assert "VLM3's    0.600" in benchmark.summary(run)
+
     def test_a_point_that_repeats_is_asked_once_and_counted_each_time(self, labels):
         pytest.importorskip("math_verify")
         estimator = parrot(answer_text(1.7))
