@@ -16,17 +16,21 @@ from depthlm_ros.engines.processor import ImageInputs
 
 GOLDEN = Path(__file__).parent / "golden" / "depthvlm"
 EMBEDDING = "model.language_model.embed_tokens.weight"
-WORDS = 512
-SPECIAL = {500: "<|image_pad|>", 501: "<|video_pad|>", 502: "<|vision_start|>", 503: "<|vision_end|>"}
+# Every model in the folder, so that another one is tested by putting its two files there; more.json holds several.
+GOLDEN_CASES = sorted(path.stem for path in GOLDEN.glob("*.npz") if path.stem != "more")
+SPECIAL = {
+    "image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>", "vision_start_token_id": "<|vision_start|>",
+    "vision_end_token_id": "<|vision_end|>",
+}  # fmt: skip
 # Words are numbers, so that prompts of the golden files can be said: header, image, then the question.
 TEMPLATE = (
-    "w10 w11 {% for message in messages %}{% for item in message['content'] %}{% if item['type'] == 'image' %}"
+    " {% for message in messages %}{% for item in message['content'] %}{% if item['type'] == 'image' %}"
     "<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ item['text'] }}{% endif %}{% endfor %}{% endfor %}"
 )
 
 
 def golden_case(kind: str) -> tuple[dict, dict[str, np.ndarray]]:
-    """The description of a golden model ("dpt" or "mlp"), and its inputs and outputs."""
+    """The description of a golden model of `GOLDEN_CASES`, and its inputs and outputs."""
     return json.loads((GOLDEN / f"{kind}.json").read_text()), dict(np.load(GOLDEN / f"{kind}.npz"))
 
 
@@ -56,23 +60,26 @@ def write_golden(
 
     Args:
         folder: made if it isn't there.
-        kind: "dpt" or "mlp".
+        kind: of `GOLDEN_CASES`; its prompt's beginning becomes the header of the chat template.
         weights: instead of the golden ones; their names are stored as they are.
         config: keys to change in config.json.
     """
-    case, _ = golden_case(kind)
+    case, arrays = golden_case(kind)
     folder.mkdir(parents=True, exist_ok=True)
     head = {key: case[key] for key in ("depth_head_type", "depth_head_mlp_hidden", "depth_head_feature_mode")}
-    _write_json(folder / "config.json", case["config"] | {"model_type": "qwen3_vl"} | head | (config or {}))
+    config = case["config"] | {"model_type": "qwen3_vl"} | head | (config or {})
+    _write_json(folder / "config.json", config)
     if weights is None:
         weights = {name: golden_weight(name, shape) for name, shape in case["shapes"].items()}
         # The two share their storage there, and the language head was filled last.
         weights[EMBEDDING] = weights["lm_head.weight"].clone()
     save_file(dict(weights), folder / "model.safetensors", metadata={"format": "pt"})
-    _write_tokenizer(folder)
+    ids = arrays["input_ids"][0].tolist()
+    _write_tokenizer(folder, config, header=ids[: ids.index(case["config"]["vision_start_token_id"])])
     size = {"shortest_edge": 4096, "longest_edge": 1048576}
     statistics = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
-    patches = {"patch_size": 16, "temporal_patch_size": 2, "merge_size": 2}
+    vision = config["vision_config"]
+    patches = {"patch_size": vision["patch_size"], "merge_size": vision["spatial_merge_size"], "temporal_patch_size": 2}
     _write_json(
         folder / "preprocessor_config.json",
         {"image_processor_type": "Qwen2VLImageProcessorFast", "size": size} | statistics | patches,
@@ -88,11 +95,11 @@ def drawn_inputs(row: int, thw: list[int]) -> ImageInputs:
     return golden_inputs({"pixel_values": pixels, "image_grid_thw": np.array([thw])})
 
 
-def golden_inputs(arrays: Mapping[str, np.ndarray]) -> ImageInputs:
+def golden_inputs(arrays: Mapping[str, np.ndarray], merge: int = 2) -> ImageInputs:
     """The image of a golden file, as its processor left it."""
     grid = arrays["image_grid_thw"][0]
     tensors = {name: torch.from_numpy(arrays[name]) for name in ("pixel_values", "image_grid_thw")}
-    return ImageInputs(tensors, (int(grid[1]) // 2, int(grid[2]) // 2), 1)
+    return ImageInputs(tensors, (int(grid[1]) // merge, int(grid[2]) // merge), 1)
 
 
 def words(ids: list[int]) -> str:
@@ -100,15 +107,17 @@ def words(ids: list[int]) -> str:
     return " ".join(f"w{number}" for number in ids)
 
 
-def _write_tokenizer(folder: Path) -> None:
-    vocabulary = {SPECIAL.get(number, f"w{number}"): number for number in range(WORDS)}
+def _write_tokenizer(folder: Path, config: dict, header: list[int]) -> None:
+    special = {config[name]: token for name, token in SPECIAL.items()}
+    count = config["text_config"]["vocab_size"]
+    vocabulary = {special.get(number, f"w{number}"): number for number in range(count)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.add_special_tokens(list(SPECIAL.values()))
+    tokenizer.add_special_tokens(list(special.values()))
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "w0", "pad_token": "w0"}
     _write_json(folder / "tokenizer_config.json", settings | {"clean_up_tokenization_spaces": False})
-    (folder / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
+    (folder / "chat_template.jinja").write_text(words(header) + TEMPLATE, encoding="utf-8")
 
 
 def _write_json(path: Path, value: dict) -> None:

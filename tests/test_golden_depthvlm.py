@@ -12,6 +12,7 @@ import pytest
 import torch
 from golden_depthvlm import (
     EMBEDDING,
+    GOLDEN_CASES,
     drawn_inputs,
     golden_case,
     golden_inputs,
@@ -27,15 +28,18 @@ from depthlm_ros.engines.transformers_engine import TransformersEngine
 DEPTH_TOLERANCE, LOGIT_TOLERANCE = 1e-4, 1e-3
 
 
-@pytest.fixture(scope="module", params=["dpt", "mlp"])
+@pytest.fixture(scope="module", params=GOLDEN_CASES)
 def golden(request):
     case, arrays = golden_case(request.param)
-    ids = arrays["input_ids"][0].tolist()
+    config, ids = case["config"], arrays["input_ids"][0].tolist()
+    inputs = golden_inputs(arrays, config["vision_config"]["spatial_merge_size"])
     with tempfile.TemporaryDirectory() as name:  # pytest would keep 120 MB of weights
         folder = write_golden(Path(name), request.param)
         engine = TransformersEngine.load(folder, device="cpu", dtype="float32")
-        yield SimpleNamespace(case=case, arrays=arrays, engine=engine, folder=folder, ids=ids,
-                              inputs=golden_inputs(arrays))  # fmt: skip
+        yield SimpleNamespace(
+            case=case, arrays=arrays, engine=engine, folder=folder, ids=ids, inputs=inputs,
+            start=ids.index(config["vision_start_token_id"]), end=ids.index(config["vision_end_token_id"]),
+        )  # fmt: skip
 
 
 def test_every_stored_weight_is_used_and_none_is_made_up(golden, caplog):
@@ -48,19 +52,20 @@ def test_every_stored_weight_is_used_and_none_is_made_up(golden, caplog):
 
 def test_a_frames_map_is_the_original_programs(golden, monkeypatch):
     monkeypatch.setattr(golden.engine.processor, "images", lambda images: golden.inputs)
-    depth = golden.engine.depth_map(np.zeros((96, 128, 3), np.uint8), words(golden.ids[-5:]))
+    depth = golden.engine.depth_map(np.zeros((96, 128, 3), np.uint8), words(golden.ids[golden.end + 1 :]))
     assert depth.dtype == np.float32 and depth.shape == golden.arrays["depth"].shape
     np.testing.assert_allclose(depth, golden.arrays["depth"], rtol=DEPTH_TOLERANCE, atol=0)
 
 
 def test_the_prompt_is_the_golden_one(golden):
-    assert golden.engine.processor.prompts([words(golden.ids[-5:])], (3, 4)) == [golden.ids]
+    question = words(golden.ids[golden.end + 1 :])
+    assert golden.engine.processor.prompts([question], golden.inputs.grid_hw) == [golden.ids]
 
 
 @pytest.mark.parametrize("asked", [1, 3, 6])
 @torch.inference_mode()
 def test_prefill_and_decode_give_the_original_programs_scores(golden, asked):
-    split = len(golden.ids) - asked
+    split = max(len(golden.ids) - asked, golden.end)
     prefix = golden.engine.prefill(golden.ids[:split], golden.inputs)
     logits = golden.engine.next_logits(Batch(prefix, [golden.ids[split:]], torch.device("cpu")))
     np.testing.assert_allclose(logits[0], golden.arrays["logits"], rtol=0, atol=LOGIT_TOLERANCE)
@@ -68,7 +73,7 @@ def test_prefill_and_decode_give_the_original_programs_scores(golden, asked):
 
 @torch.inference_mode()
 def test_every_position_after_the_image_gets_the_original_programs_scores(golden):
-    first = golden.ids.index(503)
+    first = golden.end
     prefix = golden.engine.prefill(golden.ids[:first], golden.inputs)
     for last in range(first, len(golden.ids)):
         logits = golden.engine.next_logits(Batch(prefix, [golden.ids[first : last + 1]], torch.device("cpu")))
@@ -78,18 +83,16 @@ def test_every_position_after_the_image_gets_the_original_programs_scores(golden
 
 @torch.inference_mode()
 def test_questions_after_the_image_cannot_change_what_the_head_reads(golden):
-    last = len(golden.ids) - golden.ids[::-1].index(500)
-    alone = golden.engine.image_features(golden.ids[:last], golden.inputs)
-    for question in (golden.ids[last:], [503, *range(100, 160)]):
-        with_question = golden.engine.image_features(golden.ids[:last] + question, golden.inputs)
+    alone = golden.engine.image_features(golden.ids[: golden.end], golden.inputs)
+    for question in (golden.ids[golden.end :], [golden.ids[golden.end], *range(100, 160)]):
+        with_question = golden.engine.image_features(golden.ids[: golden.end] + question, golden.inputs)
         torch.testing.assert_close(with_question, alone, rtol=1e-5, atol=1e-5)
 
 
 @torch.inference_mode()
 def test_text_before_the_image_does_change_what_the_head_reads(golden):
-    header = golden.ids.index(502)
     depth = golden.engine.depth_of(golden.ids, golden.inputs)
-    other = golden.engine.depth_of([77, 78, 79, *golden.ids[header:]], golden.inputs)
+    other = golden.engine.depth_of([77, 78, 79, *golden.ids[golden.start :]], golden.inputs)
     assert np.abs(other / depth - 1).max() > 1e-3
 
 
