@@ -11,10 +11,11 @@ import torch
 
 from depthlm_ros.camera import Camera
 from depthlm_ros.prompts import answer_text, coordinates_question, marker_question
-from depthlm_training import data, scenes
+from depthlm_training import data, raycast
 from depthlm_training.dense import DenseStage, train_dense
 from depthlm_training.model import DemoNet, Size, patchify
-from depthlm_training.scenes import BOX, CYLINDER, SPHERE, Pose, Scene, random_pose, random_scene, render, render_drive
+from depthlm_training.raycast import BOX, CYLINDER, SPHERE, Pose, Scene, render
+from depthlm_training.scenes import random_pose, random_scene, render_drive
 from depthlm_training.sft import IGNORED, Dialogue, answer_states
 from depthlm_training.vocabulary import build_tokenizer, save_processor
 
@@ -66,7 +67,7 @@ def empty_room() -> Scene:
         "room", np.array([-3, -4, 0, 3, 4, 2.5], np.float32), np.array([0, 0, 2.2], np.float32), 0.4, 0.0, np.zeros(3)
     )
     for _ in range(6):
-        scene.paint(scenes.PLAIN, (0.7, 0.7, 0.7))
+        scene.paint(raycast.PLAIN, (0.7, 0.7, 0.7))
     return scene
 
 
@@ -112,7 +113,7 @@ def test_the_window_that_a_shape_is_traced_in_loses_no_pixel(monkeypatch):
         pose = random_pose(rng, scene)
         fast = render(scene, CAMERA, pose)[1]
         with monkeypatch.context() as patch:
-            patch.setattr(scenes, "_in_view", lambda *a: (slice(0, 96), slice(0, 128)))
+            patch.setattr(raycast, "_in_view", lambda *a: (slice(0, 96), slice(0, 128)))
             np.testing.assert_array_equal(fast, render(scene, CAMERA, pose)[1])
 
 

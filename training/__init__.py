@@ -1,1 +1,1 @@
-"""From rendered scenes to a checkpoint: `scenes` -> `data` -> `dense` / `sft` -> `demo` (one command)."""
+"""From rendered scenes to a checkpoint: `raycast` -> `scenes` -> `data` -> `dense` / `sft` -> `demo` (one command)."""

@@ -15,7 +15,8 @@ import numpy as np
 from tqdm import tqdm
 
 from depthlm_ros.camera import Camera
-from depthlm_training.scenes import random_pose, random_scene, render
+from depthlm_training.raycast import render
+from depthlm_training.scenes import random_pose, random_scene
 
 SPLITS = {"train": 0, "held_out": 1}
 MONITOR = 128  # the bank's last scenes are never trained on; the course of training is watched on them

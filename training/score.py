@@ -21,7 +21,8 @@ from depthlm_ros.camera import Camera
 from depthlm_ros.estimator import Estimator
 from depthlm_ros.metrics import best_constant, delta1_interval, depth_metrics, row_prior
 from depthlm_training.data import scene_rng
-from depthlm_training.scenes import random_pose, random_scene, render
+from depthlm_training.raycast import render
+from depthlm_training.scenes import random_pose, random_scene
 
 SCENES = 200
 POINTS = 50  # of each scene

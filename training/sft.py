@@ -24,7 +24,7 @@ from depthlm_training.data import MONITOR, SceneBank, make_batch
 from depthlm_training.dense import dense_delta1, dense_loss
 from depthlm_training.model import DemoNet, Encoded
 from depthlm_training.optim import Optimizer, Schedule, load_state, save_state
-from depthlm_training.scenes import FAR_M
+from depthlm_training.raycast import FAR_M
 
 IGNORED = -100
 _LEAST_M = 0.05  # nearer than any scene places a camera; keeps "0.00" out of the answers
