@@ -228,7 +228,7 @@ def test_augmentation_keeps_depth_beside_its_pixel(bank):
     depth = (np.linspace(10, 200, 288)[None].repeat(192, 0) / 20).astype(np.float16)
     rng = np.random.default_rng(0)
     for _ in range(20):
-        out, deep = data._augmented(image, depth, 256, 192, rng)
+        out, deep = data._augmented(image, depth, 256, 192, 0.5, rng)
         known = np.isfinite(deep)
         assert np.corrcoef(out[..., 1][known].astype(float), deep[known])[0, 1] > 0.97
         assert out.shape == (192, 256, 3) and deep.shape == (192, 256)

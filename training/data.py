@@ -19,6 +19,8 @@ from depthlm_training.raycast import render
 from depthlm_training.scenes import random_pose, random_scene
 
 SPLITS = {"train": 0, "held_out": 1}
+Canvases = tuple[tuple[tuple[int, int], float], ...]
+
 MONITOR = 128  # the bank's last scenes are never trained on; the course of training is watched on them
 SHARD = 250  # scenes a file: 250 x 288 x 192 x 5 bytes = 69 MB
 
@@ -104,26 +106,47 @@ class Batch:
     depths: np.ndarray
 
 
-# (width, height) of the padded image, and how often: 640x480 at 65 degrees, 16:9 at 70 degrees.
+# (width, height) of the padded image, and how often. First the two that are most common: 640x480 at 65 degrees, 16:9 at
+# 70 degrees; then all that 4:3, 16:10 and 16:9 cameras of 52 to 71 degrees become.
 CANVASES = (((256, 192), 0.85), ((288, 160), 0.15))
 
 
-def make_batch(bank: SceneBank, size: int, seed: int, step: int) -> Batch:
+ALL_CANVASES = (
+    ((256, 192), 0.25),
+    ((224, 128), 0.1),
+    ((224, 160), 0.15),
+    ((224, 192), 0.05),
+    ((256, 128), 0.05),
+    ((256, 160), 0.15),
+    ((288, 160), 0.15),
+    ((288, 192), 0.1),
+)
+
+
+def make_batch(
+    bank: SceneBank, size: int, seed: int, step: int, canvases: Canvases = CANVASES, narrower: float = 0.3
+) -> Batch:
     """The augmented batch of a step: the same one however often the run was interrupted.
 
     Augmentation keeps the geometry true: mirror images, colour, blur (what antialiased downscaling does to a real
     photograph), noise, and centred crops to narrower fields of view, padded as `unify(policy="exact")` pads.
+
+    Args:
+        canvases: sizes of the padded images, with their shares.
+        narrower: share of the images that don't fill their canvas.
     """
     rng = np.random.default_rng([seed, 7, step])
-    width, height = CANVASES[rng.choice(len(CANVASES), p=[p for _, p in CANVASES])][0]
-    pairs = [_augmented(*bank[i], width, height, rng) for i in rng.integers(0, len(bank) - MONITOR, size)]
+    width, height = canvases[rng.choice(len(canvases), p=[p for _, p in canvases])][0]
+    pairs = [_augmented(*bank[i], width, height, narrower, rng) for i in rng.integers(0, len(bank) - MONITOR, size)]
     return Batch(np.stack([p[0] for p in pairs]), np.stack([p[1] for p in pairs]))
 
 
-def _augmented(image: np.ndarray, depth: np.ndarray, width: int, height: int, rng: np.random.Generator):
+def _augmented(
+    image: np.ndarray, depth: np.ndarray, width: int, height: int, narrower: float, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
     full_h, full_w = depth.shape
     w, h = width, height
-    if rng.random() < 0.3:
+    if rng.random() < narrower:
         w, h = int(rng.integers(width - 31, width + 1)), int(rng.integers(height - 31, height + 1))
     left, top = (full_w - w) // 2, (full_h - h) // 2
     image, depth = image[top : top + h, left : left + w], depth[top : top + h, left : left + w].astype(np.float32)

@@ -1,4 +1,4 @@
-"""Makes `models/demo` again, from nothing: scenes, stage 1 (dense), stage 2 (text), scores, card. One command:
+"""Makes `models/demo` again, from nothing: scenes, three stages, scores, card. One command:
 
     python -m depthlm_training.demo --run runs/demo --out models/demo
 
@@ -22,7 +22,7 @@ from depthlm_training.dense import DenseStage, train_dense
 from depthlm_training.model import DemoNet
 from depthlm_training.optim import load_state
 from depthlm_training.score import MARKER_POINTS, POINTS, SCENES, score
-from depthlm_training.sft import TextStage, train_text
+from depthlm_training.sft import ALL_SIZES, TextStage, train_text
 from depthlm_training.vocabulary import build_tokenizer, save_processor
 
 
@@ -34,12 +34,15 @@ class Recipe:
     scenes: int = 14_000
     dense: DenseStage = DenseStage()
     text: TextStage = TextStage()
+    sizes: TextStage = ALL_SIZES
 
 
+_FEW = {"steps": 4, "images": 2, "questions": 4, "marked": 2, "save_every": 4}
 SMOKE = Recipe(
     scenes=SHARD,
     dense=replace(DenseStage(), steps=4, batch=4, save_every=2),
-    text=replace(TextStage(), steps=4, images=2, questions=4, marked=2, save_every=4),
+    text=replace(TextStage(), **_FEW),
+    sizes=replace(ALL_SIZES, **_FEW),
 )
 
 
@@ -56,6 +59,9 @@ def make(recipe: Recipe, run: Path, out: Path) -> None:
     train_dense(net, bank, recipe.dense, run, recipe.seed)
     load_state(run / "dense.safetensors", net)
     train_text(net, tokenizer, bank, recipe.text, run, recipe.seed)
+    train_text(
+        net, tokenizer, bank, recipe.sizes, run, recipe.seed + 100, start=run / f"{recipe.text.name}.safetensors"
+    )
     net.save(out)
     save_processor(out, tokenizer)
 
@@ -104,7 +110,8 @@ factor of 1.25. What knows no image reaches: best constant **{best_constant:.3f}
 Seed {recipe.seed}; {recipe.scenes} rendered scenes. Stage 1 (dense): {recipe.dense.steps} steps of {recipe.dense.batch}
 images, {dense_minutes:.0f} minutes. Stage 2 (text): {recipe.text.steps} steps of {recipe.text.images} images with
 {recipe.text.questions} questions each, every third step {recipe.text.marked} marked images with one question each
-instead, {text_minutes:.0f} minutes. Machine: {machine}; it did other work at the same time, so the minutes are an upper
+instead, {text_minutes:.0f} minutes. Stage 3 (all image sizes): {recipe.sizes.steps} steps, every second one of marked
+images, {sizes_minutes:.0f} minutes. Machine: {machine}; it did other work at the same time, so the minutes are an upper
 bound. `python -m depthlm_training.score models/demo` measures the table again.
 """
 
@@ -129,6 +136,7 @@ def write_card(recipe: Recipe, run: Path, out: Path, figures: dict) -> None:
         recipe=recipe,
         dense_minutes=seconds_spent(run / "dense.jsonl") / 60,
         text_minutes=seconds_spent(run / "text.jsonl") / 60,
+        sizes_minutes=seconds_spent(run / "sizes.jsonl") / 60,
         machine=f"{platform.machine()}, {torch.get_num_threads()} cores, no GPU, torch {torch.__version__}",
     )
     (out / "README.md").write_text(card, encoding="utf-8")
