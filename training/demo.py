@@ -111,8 +111,8 @@ Seed {recipe.seed}; {recipe.scenes} rendered scenes. Stage 1 (dense): {recipe.de
 images, {dense_minutes:.0f} minutes. Stage 2 (text): {recipe.text.steps} steps of {recipe.text.images} images with
 {recipe.text.questions} questions each, every third step {recipe.text.marked} marked images with one question each
 instead, {text_minutes:.0f} minutes. Stage 3 (all image sizes): {recipe.sizes.steps} steps, every second one of marked
-images, {sizes_minutes:.0f} minutes. Machine: {machine}; it did other work at the same time, so the minutes are an upper
-bound. `python -m depthlm_training.score models/demo` measures the table again.
+images, {sizes_minutes:.0f} minutes. Machine: {machine}.
+It did other work at the same time, so the minutes are an upper bound. `python -m depthlm_training.score models/demo` measures the table again.
 """
 
 ROW = "| {} | {:.3f} ({:.3f} to {:.3f}) | {:+.3f} | {:.3f} | {:.2f} | {} of {} |"
