@@ -112,7 +112,8 @@ images, {dense_minutes:.0f} minutes. Stage 2 (text): {recipe.text.steps} steps o
 {recipe.text.questions} questions each, every third step {recipe.text.marked} marked images with one question each
 instead, {text_minutes:.0f} minutes. Stage 3 (all image sizes): {recipe.sizes.steps} steps, every second one of marked
 images, {sizes_minutes:.0f} minutes. Machine: {machine}.
-It did other work at the same time, so the minutes are an upper bound. `python -m depthlm_training.score models/demo` measures the table again.
+It did other work at the same time, so the minutes are an upper bound.
+`python -m depthlm_training.score models/demo` measures the table again.
 """
 
 ROW = "| {} | {:.3f} ({:.3f} to {:.3f}) | {:+.3f} | {:.3f} | {:.2f} | {} of {} |"
