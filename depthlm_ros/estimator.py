@@ -18,6 +18,7 @@ import numpy as np
 
 from depthlm_ros.camera import Camera, UnifiedView, sample_map, unify
 from depthlm_ros.cards import ModelCard, load_card
+from depthlm_ros.config import POINTS_IN_WORDS
 from depthlm_ros.depth import DEPTH_KINDS, DepthResult, ZDepth
 from depthlm_ros.engines import load_engine
 from depthlm_ros.engines.base import Answer, Engine
@@ -30,7 +31,6 @@ from depthlm_ros.unify import undistorted_pixels
 
 # Questions handed to the engine at once, so that progress shows and marked images don't fill the memory.
 _CHUNK = 256
-DEFAULT_POINTS = 256
 READOUTS = ("exact", "published")
 UNDRAWABLE = ("report", "shift")
 
@@ -161,7 +161,7 @@ class Estimator:
         if pixels is None:
             whole = dialect == "dense"
             pixels = stride_pixels(camera.width, camera.height, 1) if whole else sample_pixels(
-                camera.width, camera.height, DEFAULT_POINTS)  # fmt: skip
+                camera.width, camera.height, POINTS_IN_WORDS)  # fmt: skip
         pixels = _checked_pixels(pixels, camera)
         clock = _Clock()
         with clock("unify"):
@@ -257,7 +257,6 @@ class Estimator:
         rows = np.flatnonzero(asked)
         said = normalise_pixel(at[rows], view.camera.width, view.camera.height, steps)
         questions = [coordinates_question(nx, ny, steps) for nx, ny in said.tolist()]
-        answers: list[Answer] = []
         with clock("model"):
             # The whole frame in one call: the image is encoded and its prefix prefilled once.
             answers = self.engine.answer_shared(view.image, questions, self.card.max_new_tokens) if questions else []

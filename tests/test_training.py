@@ -11,9 +11,10 @@ import torch
 
 from depthlm_ros.camera import Camera
 from depthlm_ros.prompts import answer_text, coordinates_question, marker_question
-from depthlm_training import data, raycast
+from depthlm_training import data, dense, raycast
 from depthlm_training.dense import DenseStage, train_dense
 from depthlm_training.model import DemoNet, Size, patchify
+from depthlm_training.optim import save_state
 from depthlm_training.raycast import BOX, CYLINDER, SPHERE, Pose, Scene, render
 from depthlm_training.scenes import random_pose, random_scene, render_drive
 from depthlm_training.sft import IGNORED, Dialogue, answer_states
@@ -186,37 +187,25 @@ def test_the_saved_checkpoint_answers_through_the_engine_as_in_training(net, tok
     np.testing.assert_allclose(engine.depth_map(image), expected, rtol=2e-4)
 
 
-def test_an_interrupted_stage_ends_with_the_same_weights(tokenizer, bank, tmp_path):
+def test_an_interrupted_stage_ends_with_the_same_weights(tokenizer, bank, tmp_path, monkeypatch):
     stage = DenseStage(steps=4, batch=2, save_every=2)
+    state_at_2 = tmp_path / "cut" / "dense.safetensors"
+    state_at_2.parent.mkdir()
 
-    def run(folder, *stops):
-        for steps in stops:
-            torch.manual_seed(0)
-            last = DemoNet(tokenizer, TINY, seed=3)
-            kept = replace(stage, steps=steps)
-            train_dense(last, bank, kept, tmp_path / folder, seed=0)
-        return last.state_dict()
+    def train(folder):
+        net = DemoNet(tokenizer, TINY, seed=3)
+        train_dense(net, bank, stage, tmp_path / folder, seed=0)
+        return net.state_dict()
 
-    whole = run("whole", 4)
-    # A run that was stopped after two of four steps has the state of step 2 on disk.
-    (tmp_path / "cut").mkdir()
-    saved = tmp_path / "at2.safetensors"
-    import depthlm_training.dense as dense
-
-    original = dense.save_state
-
-    def keep(path, module, optimizer, step):
-        original(path, module, optimizer, step)
+    def save_and_keep(path, module, optimizer, step):
+        save_state(path, module, optimizer, step)
         if step == 2:
-            saved.write_bytes(path.read_bytes())
+            state_at_2.write_bytes(path.read_bytes())
 
-    dense.save_state = keep
-    try:
-        run("watched", 4)
-    finally:
-        dense.save_state = original
-    (tmp_path / "cut" / "dense.safetensors").write_bytes(saved.read_bytes())
-    resumed = run("cut", 4)
+    with monkeypatch.context() as patch:
+        patch.setattr(dense, "save_state", save_and_keep)
+        whole = train("whole")
+    resumed = train("cut")  # finds what a run that was stopped after two of four steps leaves behind
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     rows = [json.loads(line) for line in (tmp_path / "cut" / "dense.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [4]
