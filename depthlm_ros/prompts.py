@@ -5,6 +5,17 @@ The questions are the published strings, character for character: a fine-tuned m
     marker        DepthLM (arXiv 2509.25413): a red arrow drawn into the image points at the pixel.
     coordinates   VLM3 (arXiv 2605.30561): the pixel stands in the text, scaled to [0, 2000).
     dense         DepthVLM (arXiv 2605.15876): one question, one depth map; no pixel is named.
+
+Models trained by this project also know a question of its own, made to be cheap:
+
+    compact       One sentence that never changes, then the pixel in three digits a coordinate; the bare number answers.
+
+What is the same in every question about an image is computed once for all of them, so a point costs what comes after.
+With a tokenizer of one token a digit, such as Qwen's, `512,034` and the answer's header are 12 tokens where the published
+coordinates question has 75; `3.42` and its end are 5. Three digits, because a thousandth of an image is far finer than a
+patch and [0, 1000) is what Qwen3-VL's own grounding speaks; always three, because digits that keep their place are
+easier to learn. The pixel stands before the answer's header and not behind it, which would save five more: this way any
+server that knows the chat template can ask.
 """
 
 from __future__ import annotations
@@ -12,19 +23,25 @@ from __future__ import annotations
 import math
 import operator
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from depthlm_ros.errors import DatasetError, PixelError
+from depthlm_ros.errors import DatasetError, DialectError, PixelError
 
-DIALECTS = ("dense", "coordinates", "marker")
+DIALECTS = ("dense", "coordinates", "marker", "compact")
 
 # The system text of DepthLM's training data and of DepthVLM.
 SYSTEM_TEXT = "You are a helpful assistant."
 
 # VLM3's grid of text coordinates.
 COORDINATE_RANGE = 2000
+
+# Steps along each side in the compact dialect.
+COMPACT_RANGE = 1000
+
+# Where the number stands in an answer template.
+NUMBER = "{number}"
 
 # DepthLM's curation keeps depths above 1e-4 m (ETH3D script); the furthest published label lies at 120 m
 # (DepthVLM's ranges), so an answer beyond 10 km is a slip of the pen and not a distance.
@@ -37,7 +54,9 @@ _FORMAT = (
 )
 # Written without two adjacent digit loops, so that it stays linear on a megabyte of digits.
 _NUMBER = re.compile(r"(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)")
+_BETWEEN = re.compile("[ ,]")
 _OPEN, _CLOSE = "<answer>", "</answer>"
+_SENTENCE = f"<think> The point is around {NUMBER} meters away from the camera. </think>\n\n{_OPEN} {NUMBER} {_CLOSE}"
 
 
 def marker_question() -> str:
@@ -62,15 +81,62 @@ def coordinates_question(nx: int, ny: int, coordinate_range: int = COORDINATE_RA
     Raises:
         PixelError: a coordinate outside the range.
     """
+    nx, ny = _normalised(nx, ny, coordinate_range)
+    return (
+        f"Given this image, how far is the point at coordinates ({nx}, {ny}) from the camera? The coordinates are in "
+        f"normalised [0, {coordinate_range}] format relative to image width and height. {_FORMAT}"
+    )
+
+
+def compact_question(nx: int, ny: int, coordinate_range: int = COMPACT_RANGE) -> str:
+    """The question of the compact dialect about one pixel; the pixel is its very end.
+
+    Args:
+        nx: column in normalised coordinates, an integer in [0, coordinate_range).
+        ny: row in normalised coordinates, likewise.
+        coordinate_range: steps along each side, named in the text.
+
+    Raises:
+        PixelError: a coordinate outside the range.
+    """
+    return compact_questions([(nx, ny)], 1, coordinate_range)[0]
+
+
+def compact_questions(
+    pixels: Sequence[Sequence[int]], each: int = 1, coordinate_range: int = COMPACT_RANGE
+) -> list[str]:
+    """The questions of the compact dialect about many pixels, in their order.
+
+    Args:
+        pixels: (N, 2) integers `(nx, ny)` in normalised coordinates, [0, coordinate_range).
+        each: pixels a question; the last question may have fewer.
+        coordinate_range: steps along each side, named in the text.
+
+    Returns:
+        ceil(N / each) questions; the answer to one with k pixels is k numbers in their order.
+
+    Raises:
+        PixelError: a coordinate outside the range, or less than one pixel a question.
+    """
+    if each < 1:
+        raise PixelError(f"{each} points a question; ask about at least 1")
+    digits = len(str(coordinate_range - 1))
+    checked = [_normalised(nx, ny, coordinate_range) for nx, ny in pixels]
+    named = [f"{nx:0{digits}d},{ny:0{digits}d}" for nx, ny in checked]
+    constant = (
+        "Given this image, estimate the metric depth (in meters, rounded to two decimal places) at coordinates in "
+        f"[0, {coordinate_range}): "
+    )
+    return [constant + " ".join(named[start : start + each]) for start in range(0, len(named), each)]
+
+
+def _normalised(nx: int, ny: int, coordinate_range: int) -> tuple[int, int]:
     nx, ny = operator.index(nx), operator.index(ny)
     if not (0 <= nx < coordinate_range and 0 <= ny < coordinate_range):
         raise PixelError(
             f"normalised pixel ({nx}, {ny}) is outside [0, {coordinate_range}); make it with normalise_pixel()"
         )
-    return (
-        f"Given this image, how far is the point at coordinates ({nx}, {ny}) from the camera? The coordinates are in "
-        f"normalised [0, {coordinate_range}] format relative to image width and height. {_FORMAT}"
-    )
+    return nx, ny
 
 
 def normalise_pixel(
@@ -129,16 +195,52 @@ def answer_text(depth_m: float) -> str:
     Raises:
         DatasetError: a depth that the text can't carry: non-finite, below 5 mm or above `MAX_DEPTH_M`.
     """
-    text = (
-        f"<think> The point is around {depth_m:.2f} meters away from the camera. </think>\n\n"
-        f"<answer> {depth_m:.2f} </answer>"
-    )
-    if parse_depth(text) is None:
+    return _written(_SENTENCE, depth_m)
+
+
+def compact_answer(depths_m: Iterable[float]) -> str:
+    """The answer a model is trained to give in the compact dialect: "3.42", or "3.42 11.08" where two were asked.
+
+    Args:
+        depths_m: true depths in metres, of the kind the model's card names, in the order of the question's pixels.
+
+    Raises:
+        DatasetError: a depth that the text can't carry, as in `answer_text`.
+    """
+    return " ".join(_written(NUMBER, depth_m) for depth_m in depths_m)
+
+
+def _written(template: str, depth_m: float) -> str:
+    number = f"{depth_m:.2f}"
+    if parse_compact(number) is None:
         raise DatasetError(
             f"depth {depth_m!r} m can't be written with two decimals between 0.01 and {MAX_DEPTH_M:g} m; "
             "leave the point out"
         )
-    return text
+    return template.replace(NUMBER, number)
+
+
+def answer_template(dialect: str, points: int = 1) -> str:
+    """The answer that models of a dialect were trained to give, "{number}" at each place of a number.
+
+    An engine may expect it, and has to check it: a model can say something else. All places of a sentence hold the
+    same number; in the compact dialect each of `points` numbers has its own.
+
+    Args:
+        dialect: one that answers in words.
+        points: points asked in the question; more than one in the compact dialect only.
+
+    Raises:
+        DialectError: the dialect has no answer in words, or none about several points.
+    """
+    if dialect == "compact" and points >= 1:
+        return " ".join([NUMBER] * points)
+    if dialect not in ("coordinates", "marker") or points != 1:
+        raise DialectError(
+            f"dialect {dialect!r} has no answer in words about {points} points; choose coordinates or marker for one, "
+            "compact for any number"
+        )
+    return _SENTENCE
 
 
 def parse_depth(text: str) -> float | None:
@@ -161,9 +263,44 @@ def parse_depth(text: str) -> float | None:
     """
     if text.count(_OPEN) != 1 or text.count(_CLOSE) != 1:
         return None
-    body = text.partition(_OPEN)[2].partition(_CLOSE)
-    number = body[0].strip()
-    if not body[1] or _NUMBER.fullmatch(number) is None:
+    number, closed, _ = text.partition(_OPEN)[2].partition(_CLOSE)
+    return parse_compact(number) if closed else None
+
+
+def parse_compact(text: str) -> float | None:
+    """Reads the depth from an answer of the compact dialect; never raises, whatever a model may write.
+
+    The grammar: one number as `parse_depth` takes it between its tags, white space around it, and nothing else.
+
+    Args:
+        text: what the model wrote, special tokens removed.
+
+    Returns:
+        Metres, finite and positive, or None.
+    """
+    return _depth(text.strip())
+
+
+def parse_compact_points(text: str, points: int) -> tuple[float, ...] | None:
+    """Reads the answer to a question of the compact dialect about several points; never raises.
+
+    The grammar: exactly `points` numbers with one space or one comma between two, white space around them all. One
+    number too few, too many or out of bounds leaves nobody to say which point each of the others belongs to.
+
+    Args:
+        text: what the model wrote, special tokens removed.
+        points: points asked in the question.
+
+    Returns:
+        `points` values in metres in the order of the question, or None for all.
+    """
+    numbers = _BETWEEN.split(text.strip())
+    depths = [_depth(number) for number in numbers] if len(numbers) == points else [None]
+    return None if None in depths else tuple(depths)
+
+
+def _depth(number: str) -> float | None:
+    if _NUMBER.fullmatch(number) is None:
         return None
     depth_m = float(number)
     return depth_m if math.isfinite(depth_m) and MIN_DEPTH_M <= depth_m <= MAX_DEPTH_M else None
