@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 
@@ -29,20 +28,22 @@ class AnswerReader:
             chances: probability that the model gave each of them.
         """
         text = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return Answer(text, tuple(ids), self._confidence(ids, chances))
+        confidences = self._confidences(ids, chances)
+        return Answer(text, tuple(ids), confidences[-1] if confidences else 0.0, confidences)
 
-    def _confidence(self, ids: Sequence[int], chances: Sequence[float]) -> float:
+    def _confidences(self, ids: Sequence[int], chances: Sequence[float]) -> tuple[float, ...]:
         pieces = [self._piece(token) for token in ids]
-        numbers = list(NUMBER.finditer("".join(pieces)))
-        if not numbers:
-            return 0.0
-        start, end = numbers[-1].span()
-        used, at = [], 0
+        spans = [number.span() for number in NUMBER.finditer("".join(pieces))]
+        products, at, first = [1.0] * len(spans), 0, 0
         for piece, chance in zip(pieces, chances, strict=True):
-            if at < end and at + len(piece) > start:
-                used.append(chance)
+            while first < len(spans) and spans[first][1] <= at:
+                first += 1
+            for i in range(first, len(spans)):
+                if at + len(piece) <= spans[i][0]:
+                    break
+                products[i] *= chance
             at += len(piece)
-        return math.prod(used)
+        return tuple(products)
 
     def _piece(self, token: int) -> str:
         if token not in self._pieces:

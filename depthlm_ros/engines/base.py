@@ -63,11 +63,13 @@ class Answer:
         token_ids: the generated ids, end-of-sequence included where it was reached.
         confidence: probability of the tokens that carry the last number in the answer, the product
             of their greedy probabilities in [0, 1]; 0 when there is no number.
+        confidences: the same of every number in the answer, in their order.
     """
 
     text: str
     token_ids: tuple[int, ...]
     confidence: float
+    confidences: tuple[float, ...] = ()
 
 
 class Engine(Protocol):
