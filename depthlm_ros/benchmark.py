@@ -20,7 +20,7 @@ from depthlm_ros.depthvlm_bench import bench_delta1, in_range
 from depthlm_ros.errors import ConfigError, DatasetError, unknown_choice
 from depthlm_ros.evaluate import AnsweredFrame, Run, Tally, finished, progress, up_to_failure
 from depthlm_ros.metrics import DELTA
-from depthlm_ros.prompts import parse_depth
+from depthlm_ros.prompts import parse_compact, parse_depth
 from depthlm_ros.protocols import (
     DEPTHLM_PROTOCOLS,
     ORDERS,
@@ -147,7 +147,7 @@ def _depthlm_run(
     frames = up_to_failure(_answered(rows, wanted, points, estimator, dialect, texts), failures)
     for frame in progress(frames, len(wanted), protocol):
         tally.add(frame)
-    figures = _depthlm_figures(protocol, questions, texts, depths, vlm3=estimator.card.system == "vlm3")
+    figures = _depthlm_figures(protocol, questions, texts, depths, dialect, estimator.card.system)
     notes = (
         f"answers end after {estimator.card.max_new_tokens} tokens, the published limit is 4096",
         f"focal length {estimator.card.focal_px:g} px, the model's own; the published program has 750 px for any model",
@@ -178,15 +178,21 @@ def _frame(item: LabelledImage, result: DepthResult, seconds: float) -> Answered
 
 
 def _depthlm_figures(
-    protocol: str, questions: list[Question], texts: dict[tuple[int, int], str], depths: list[list[float]], vlm3: bool
+    protocol: str,
+    questions: list[Question],
+    texts: dict[tuple[int, int], str],
+    depths: list[list[float]],
+    dialect: str,
+    system: str,
 ) -> dict:
     done = [question for question in questions if (question.record, question.point) in texts]
     said = [texts[question.record, question.point] for question in done]
     true = np.array([depths[question.record][question.point] for question in done])
-    strict = np.array([parse_depth(text) or np.nan for text in said])
+    parse = parse_compact if dialect == "compact" else parse_depth
+    strict = np.array([parse(text) or np.nan for text in said])
     right = np.maximum(strict / true, true / strict) < DELTA
     notebook = {}
-    if vlm3:
+    if system == "vlm3":
         delta1, counted = vlm3_delta1(said, true)
         notebook = {"delta1_vlm3_notebook": delta1 if counted else None, "left_out_vlm3_notebook": len(said) - counted}
     return {

@@ -20,7 +20,7 @@ from depthlm_ros.errors import ConfigError, DatasetError, DepthLMError, ImageErr
 from depthlm_ros.protocols import PROTOCOLS, PUBLISHED_SAMPLES
 
 MODEL_SETTINGS = ("model", "commercial_use", "dialect", "policy", "device", "dtype", "batch_size")
-PIXEL_SETTINGS = ("points", "stride", "sampling", "undrawable")
+PIXEL_SETTINGS = ("points", "points_per_question", "stride", "sampling", "undrawable")
 FILTERS = ("max_depth_m", "min_confidence")
 RESULTS = Path("results/latest")
 
@@ -125,7 +125,13 @@ def _estimate(arguments: argparse.Namespace) -> int:
     query = plan_query(parameters, dialect, camera.width, camera.height, whole=arguments.depth is not None)
     with tqdm(total=len(query.pixels), desc="estimate", unit="point", disable=None) as bar:
         answer = estimator.estimate(
-            image, camera, query.pixels, dialect=dialect, progress=bar.update, undrawable=parameters.undrawable
+            image,
+            camera,
+            query.pixels,
+            dialect=dialect,
+            progress=bar.update,
+            undrawable=parameters.undrawable,
+            points_per_question=parameters.points_per_question,
         )
     result = keep_good(answer, parameters)
     cloud = slice(None) if query.cloud_rows is None else query.cloud_rows
@@ -266,7 +272,7 @@ def _add_evaluate(commands) -> None:
         f"{PUBLISHED_SAMPLES} questions or all images",
     )
     _add_reader_options(parser)
-    _add_model(parser, (*MODEL_SETTINGS, "points"))
+    _add_model(parser, (*MODEL_SETTINGS, "points", "points_per_question"))
     parser.set_defaults(run=_evaluate)
 
 
@@ -299,6 +305,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
                     estimator,
                     dialect=dialect,
                     points=parameters.points,
+                    points_per_question=parameters.points_per_question,
                     seed=arguments.seed,
                     **reader,
                 )

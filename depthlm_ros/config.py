@@ -120,9 +120,9 @@ class Parameters:
     engine: str = _setting("transformers", "What runs the model.", choices=("transformers",))
     dialect: str = _setting(
         "",
-        "How the model is asked: dense (one pass, depth head), coordinates (pixel in the text) or marker (arrow in "
-        "the image). Empty: the model card's default.",
-        choices=("", "dense", "coordinates", "marker"),
+        "How the model is asked: dense (one pass, depth head), coordinates (pixel in the text), marker (arrow in the "
+        "image) or compact (pixel in a short text, answered by the bare number). Empty: the model card's default.",
+        choices=("", "dense", "coordinates", "marker", "compact"),
         dynamic=True,
     )
     policy: str = _setting(
@@ -147,6 +147,14 @@ class Parameters:
         f"row and column, the dialects that answer in words take {POINTS_IN_WORDS}.",
         low=0,
         high=1_000_000,
+        dynamic=True,
+    )
+    points_per_question: int = _setting(
+        1,
+        "Points that one question of the compact dialect asks about: more are faster, and an answer that can't be read "
+        "loses all of them. At most what the model's card says.",
+        low=1,
+        high=64,
         dynamic=True,
     )
     stride: int = _setting(

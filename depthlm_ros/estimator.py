@@ -24,7 +24,16 @@ from depthlm_ros.engines import load_engine
 from depthlm_ros.engines.base import Answer, Engine
 from depthlm_ros.errors import ConfigError, PixelError, unknown_choice
 from depthlm_ros.markers import MARGIN_PX, draw_arrow, drawable
-from depthlm_ros.prompts import coordinates_question, dense_question, marker_question, normalise_pixel, parse_depths
+from depthlm_ros.prompts import (
+    LONGEST_NUMBER,
+    compact_questions,
+    coordinates_question,
+    dense_question,
+    marker_question,
+    normalise_pixel,
+    parse_compact_points,
+    parse_depths,
+)
 from depthlm_ros.published import readout_pixels
 from depthlm_ros.sampling import sample_pixels, stride_pixels
 from depthlm_ros.unify import undistorted_pixels
@@ -127,6 +136,7 @@ class Estimator:
         progress: Progress | None = None,
         readout: str = "exact",
         undrawable: str = "report",
+        points_per_question: int = 1,
     ) -> DepthResult:
         """Measures z-depth at pixels of one image.
 
@@ -141,6 +151,8 @@ class Estimator:
             undrawable: what becomes of points too close to the view's border for the marker: "report" leaves them
                 unasked, "shift" asks the nearest pixel that can carry it, at most 6 px of the view away in each
                 direction, and says so in `shifted`.
+            points_per_question: points that a question of the compact dialect asks about; the last one may have
+                fewer. An answer that can't be read loses all of its points. The other dialects ask about one.
 
         Returns:
             A row for each pixel, in their order; pixels that the dialect can't refer to have `asked` False.
@@ -151,13 +163,16 @@ class Estimator:
         Raises:
             ImageError, CameraError, PixelError: bad input.
             DialectError: the model doesn't speak the dialect.
-            ConfigError: a `readout` that this model, policy or dialect doesn't have, or an unknown `undrawable`.
+            ConfigError: a `readout` that this model, policy or dialect doesn't have, an unknown `undrawable`, or more
+                `points_per_question` than the model was trained on.
             EngineError: the engine failed.
         """
         dialect = self.card.require_dialect(dialect or self.default_dialect)
         self._check_readout(readout, dialect)
         if undrawable not in UNDRAWABLE:
             raise ConfigError(unknown_choice("undrawable", undrawable, UNDRAWABLE))
+        if dialect == "compact":
+            self.card.answer_template(dialect, points_per_question)
         if pixels is None:
             whole = dialect == "dense"
             pixels = stride_pixels(camera.width, camera.height, 1) if whole else sample_pixels(
@@ -171,7 +186,13 @@ class Estimator:
             shifted = np.zeros(len(pixels), bool)
             if dialect == "marker":
                 at, asked, shifted = _marker_places(view, at, asked, undrawable)
-        ask = {"dense": self._dense, "coordinates": self._coordinates, "marker": self._marker}[dialect]
+        compact = partial(self._compact, each=points_per_question)
+        ask = {
+            "dense": self._dense,
+            "coordinates": self._coordinates,
+            "marker": self._marker,
+            "compact": compact,
+        }[dialect]
         if readout == "published":
             on_map = readout_pixels(undistorted_pixels(camera, pixels), camera, self.card.focal_px)
             ask = partial(self._dense, on_map=on_map)
@@ -275,6 +296,29 @@ class Estimator:
                 answers += self.engine.answer_each(images, questions, self.card.max_new_tokens)
             progress(len(some))
         return self._read(answers, rows, asked)
+
+    def _compact(
+        self, view: UnifiedView, at: np.ndarray, asked: np.ndarray, clock: _Clock, progress: Progress, each: int
+    ):
+        steps = self.card.compact_range
+        rows = np.flatnonzero(asked)
+        said = normalise_pixel(at[rows], view.camera.width, view.camera.height, steps)
+        questions = compact_questions(said.tolist(), each, steps)
+        budget = max(self.card.max_new_tokens, each * LONGEST_NUMBER)
+        with clock("model"):
+            answers = self.engine.answer_shared(view.image, questions, budget) if questions else []
+        progress(len(at))
+        metres = np.full(len(asked), np.nan, np.float32)
+        confidence = np.zeros(len(asked), np.float32)
+        texts = [""] * len(asked)
+        for start, answer in zip(range(0, len(rows), each), answers, strict=True):
+            some = rows[start : start + each]
+            depths = parse_compact_points(answer.text, len(some))
+            if depths is not None:
+                metres[some], confidence[some] = depths, answer.confidences or answer.confidence
+            for row in some:
+                texts[row] = answer.text
+        return metres, confidence, asked, tuple(texts)
 
     @staticmethod
     def _read(answers: list[Answer], rows: np.ndarray, asked: np.ndarray):

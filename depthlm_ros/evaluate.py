@@ -333,6 +333,7 @@ def evaluate(
     *,
     dialect: str | None = None,
     points: int = 0,
+    points_per_question: int = 1,
     seed: int = 0,
     on_frame: Callable[[AnsweredFrame], None] | None = None,
     **reader_options,
@@ -344,6 +345,7 @@ def evaluate(
         estimator: a `depthlm_ros.estimator.Estimator`.
         dialect: how to ask; by default the model card's choice.
         points: labelled pixels asked in each image; 0 takes 256 in words and 2000 from the dense head.
+        points_per_question: as in `Estimator.estimate`.
         seed: of the choice among more labels than that.
         on_frame: called with each scored frame.
         **reader_options: `images`, `depths`, `depth_kind` of `LabelledImages`.
@@ -363,7 +365,7 @@ def evaluate(
         if not len(pixels):
             continue
         started = time.perf_counter()
-        result = estimator.estimate(image, camera, pixels, dialect=dialect)
+        result = estimator.estimate(image, camera, pixels, dialect=dialect, points_per_question=points_per_question)
         seconds = time.perf_counter() - started
         frame = AnsweredFrame(name, image, camera, result.pixels, result.depth_m, result.confidence, truth_m, seconds)
         tally.add(frame)

@@ -77,8 +77,11 @@ def check_model(estimator: Estimator, parameters: Parameters) -> None:
 
     Raises:
         DialectError: it doesn't speak the dialect, or isn't for poses.
+        ConfigError: it can't be asked about so many points at once.
     """
-    spoken_dialect(estimator, parameters)
+    dialect = spoken_dialect(estimator, parameters)
+    if dialect == "compact":
+        estimator.card.answer_template(dialect, parameters.points_per_question)
     if parameters.relative_pose and "pose" not in estimator.card.tasks:
         raise DialectError(
             f"relative_pose is true, but model {parameters.model} was not trained for pose, it is for "
@@ -154,7 +157,7 @@ class Inference:
         Args:
             frame: of which image.
             pixels: `(u, v)`, also such that can't be asked.
-            parameters: `dialect`, `undrawable`, `max_depth_m` and `min_confidence` count.
+            parameters: `dialect`, `points_per_question`, `undrawable`, `max_depth_m` and `min_confidence` count.
 
         Raises:
             DepthLMError: as `Estimator.estimate`, for all of them; what is wrong with one is in its answer.
@@ -197,7 +200,12 @@ class Inference:
 
     def _estimate(self, frame: Frame, pixels: np.ndarray, dialect: str | None, parameters: Parameters) -> DepthResult:
         return self._estimator.estimate(
-            frame.image, frame.camera, pixels, dialect=dialect, undrawable=parameters.undrawable
+            frame.image,
+            frame.camera,
+            pixels,
+            dialect=dialect,
+            undrawable=parameters.undrawable,
+            points_per_question=parameters.points_per_question,
         )
 
     @staticmethod

@@ -14,7 +14,7 @@ import yaml
 
 from depthlm_ros.depth import DEPTH_KINDS
 from depthlm_ros.errors import ConfigError, DialectError, unknown_choice
-from depthlm_ros.prompts import COORDINATE_RANGE, DIALECTS
+from depthlm_ros.prompts import COMPACT_RANGE, COORDINATE_RANGE, DIALECTS, NUMBER, answer_template
 from depthlm_ros.unify import POLICIES
 from depthlm_ros.weights import ARCHITECTURES
 
@@ -48,7 +48,11 @@ class ModelCard:
         focal_px: focal length in pixels that images are brought to (f_uni of the papers); None where images aren't.
         policy: how they are brought there, "published" or "exact" (see `camera.unify`).
         depth_kind: what its answers measure, "z" or "euclidean"; None for a model without the task "depth".
-        coordinate_range: steps along each side of pixels that are named in the text.
+        coordinate_range: steps along each side of pixels that are named in the text of the coordinates dialect.
+        compact_range: the same of the compact dialect.
+        points_per_question: most points that one question of the compact dialect may ask about.
+        answer: what it was trained to answer in the coordinates and marker dialects, "{number}" at each place of the
+            number; None for the published sentence. It saves time where the model keeps to it and changes no answer.
         system_text: system message, None to send none.
         chat: how a question is laid out in the published code, by topic; for people.
         processor: settings of the published image processor; where a folder has others, `assumptions` tells.
@@ -74,6 +78,9 @@ class ModelCard:
     policy: str
     depth_kind: str | None = None
     coordinate_range: int = COORDINATE_RANGE
+    compact_range: int = COMPACT_RANGE
+    points_per_question: int = 1
+    answer: str | None = None
     system_text: str | None = None
     chat: Mapping[str, str] = field(default_factory=dict, hash=False)
     processor: Mapping[str, Any] = field(default_factory=dict, hash=False)
@@ -91,8 +98,15 @@ class ModelCard:
             self._check(key, value is None or isinstance(value, str), "a text (in quotes if it looks like a number)")
         for key in ("commercial_use", "released"):
             self._check(key, isinstance(getattr(self, key), bool), "true or false")
-        self._check("coordinate_range", _is_whole(self.coordinate_range, 2), "a whole number of at least 2")
-        self._check("max_new_tokens", _is_whole(self.max_new_tokens, 1), "a whole number of at least 1")
+        for key, least in (
+            ("coordinate_range", 2),
+            ("compact_range", 2),
+            ("points_per_question", 1),
+            ("max_new_tokens", 1),
+        ):
+            self._check(key, _is_whole(getattr(self, key), least), f"a whole number of at least {least}")
+        good = self.answer is None or (isinstance(self.answer, str) and NUMBER in self.answer)
+        self._check("answer", good, f"a text with {NUMBER} where the number stands")
         for key in ("tasks", "dialects", "assumptions"):
             self._check(key, _is_texts(getattr(self, key)), f"a list of {key if key != 'assumptions' else 'texts'}")
             object.__setattr__(self, key, tuple(getattr(self, key)))
@@ -156,6 +170,21 @@ class ModelCard:
         if dialect not in self.dialects:
             raise DialectError(f"model {self.name!r}: {unknown_choice('dialect', str(dialect), self.dialects)}")
         return dialect
+
+    def answer_template(self, dialect: str, points: int = 1) -> str:
+        """`prompts.answer_template`, or this model's own sentence.
+
+        Raises:
+            DialectError: the dialect has no answer in words about so many points.
+            ConfigError: more points a question than the model was trained on.
+        """
+        template = answer_template(dialect, points)
+        if points > self.points_per_question:
+            raise ConfigError(
+                f"points_per_question is {points}; model {self.name!r} answers at most {self.points_per_question} "
+                "(points_per_question of its card)"
+            )
+        return template if self.answer is None or dialect == "compact" else self.answer
 
     def require_task(self, task: str) -> str:
         """The task, once the model is known to have been trained for it.

@@ -11,11 +11,11 @@ Models trained by this project also know a question of its own, made to be cheap
     compact       One sentence that never changes, then the pixel in three digits a coordinate; the bare number answers.
 
 What is the same in every question about an image is computed once for all of them, so a point costs what comes after.
-With a tokenizer of one token a digit, such as Qwen's, `512,034` and the answer's header are 12 tokens where the published
-coordinates question has 75; `3.42` and its end are 5. Three digits, because a thousandth of an image is far finer than a
-patch and [0, 1000) is what Qwen3-VL's own grounding speaks; always three, because digits that keep their place are
-easier to learn. The pixel stands before the answer's header and not behind it, which would save five more: this way any
-server that knows the chat template can ask.
+With a tokenizer of one token a digit, such as Qwen's, `512,034` and the answer's header are 12 tokens where the
+published coordinates question has 75; `3.42` and its end are 5. Three digits, because a thousandth of an image is far
+finer than a patch and [0, 1000) is what Qwen3-VL's own grounding speaks; always three, because digits that keep their
+place are easier to learn. The pixel stands before the answer's header and not behind it, which would save five more:
+this way any server that knows the chat template can ask.
 """
 
 from __future__ import annotations
@@ -54,6 +54,9 @@ _FORMAT = (
 )
 # Written without two adjacent digit loops, so that it stays linear on a megabyte of digits.
 _NUMBER = re.compile(r"(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)")
+# Most tokens of a number and what follows it, "10000.00 ", where every character is a token.
+LONGEST_NUMBER = 9
+
 _BETWEEN = re.compile("[ ,]")
 _OPEN, _CLOSE = "<answer>", "</answer>"
 _SENTENCE = f"<think> The point is around {NUMBER} meters away from the camera. </think>\n\n{_OPEN} {NUMBER} {_CLOSE}"

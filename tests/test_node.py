@@ -63,7 +63,14 @@ class PacedEstimator:
         self.closed.set()
 
     def estimate(
-        self, image: np.ndarray, camera: Camera, pixels: np.ndarray, *, dialect: str, undrawable: str
+        self,
+        image: np.ndarray,
+        camera: Camera,
+        pixels: np.ndarray,
+        *,
+        dialect: str,
+        undrawable: str,
+        points_per_question: int,
     ) -> DepthResult:
         self.calls.append((dialect, len(pixels)))
         self.entered.set()

@@ -12,16 +12,24 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from depthlm_ros.errors import DatasetError, PixelError
+from depthlm_ros.errors import DatasetError, DialectError, PixelError
 from depthlm_ros.prompts import (
+    LONGEST_NUMBER,
     MAX_DEPTH_M,
     MIN_DEPTH_M,
+    NUMBER,
     SYSTEM_TEXT,
+    answer_template,
     answer_text,
+    compact_answer,
+    compact_question,
+    compact_questions,
     coordinates_question,
     dense_question,
     marker_question,
     normalise_pixel,
+    parse_compact,
+    parse_compact_points,
     parse_depth,
     parse_depths,
 )
@@ -216,3 +224,107 @@ def test_texts_that_depthlms_scorer_was_run_on_give_a_depth_or_none():
 
 def test_a_megabyte_of_digits_is_read_in_linear_time():
     assert parse_depth("<answer>" + "1" * 1_000_000 + "x</answer>") is None
+
+
+def test_the_compact_question_ends_with_the_pixel_in_digits_that_keep_their_place():
+    question = compact_question(7, 512)
+    assert question == (
+        "Given this image, estimate the metric depth (in meters, rounded to two decimal places) at coordinates in "
+        "[0, 1000): 007,512"
+    )
+    assert compact_question(np.int64(999), 0, 1000).endswith(" 999,000")
+    assert compact_question(7, 1, 50).endswith("[0, 50): 07,01")
+
+
+@given(st.integers(0, 999), st.integers(0, 999), st.integers(0, 999), st.integers(0, 999))
+def test_compact_questions_differ_in_their_last_seven_characters_only(a, b, c, d):
+    first, second = compact_question(a, b), compact_question(c, d)
+    assert len(first) == len(second) and first[:-7] == second[:-7]
+    assert (first == second) == ((a, b) == (c, d))
+
+
+def test_compact_questions_share_the_pixels_out_in_their_order_and_the_last_takes_what_is_left():
+    pixels = [(1, 2), (3, 4), (5, 6), (7, 8), (9, 10)]
+    assert compact_questions(pixels) == [compact_question(x, y) for x, y in pixels]
+    ends = [question.partition("): ")[2] for question in compact_questions(pixels, 2)]
+    assert ends == ["001,002 003,004", "005,006 007,008", "009,010"]
+    assert compact_questions([], 4) == []
+
+
+@pytest.mark.parametrize("pixel", [(1000, 0), (0, 1000), (-1, 0)])
+def test_a_compact_question_refuses_what_is_out_of_range(pixel):
+    with pytest.raises(PixelError, match=r"outside \[0, 1000\)"):
+        compact_question(*pixel)
+    with pytest.raises(PixelError, match="0 points a question"):
+        compact_questions([(1, 1)], 0)
+
+
+@pytest.mark.parametrize("dialect", ["coordinates", "marker"])
+def test_the_template_of_a_sentence_is_the_training_target_with_its_number_left_open(dialect):
+    assert answer_template(dialect).replace(NUMBER, "3.42") == answer_text(3.42)
+
+
+@given(st.lists(st.floats(0.01, MAX_DEPTH_M), min_size=1, max_size=5))
+def test_a_compact_answer_fills_its_template_and_is_read_back_to_the_centimetre(depths_m):
+    text = compact_answer(depths_m)
+    pattern = re.escape(answer_template("compact", len(depths_m))).replace(re.escape(NUMBER), r"\d+\.\d\d")
+    assert re.fullmatch(pattern, text)
+    assert parse_compact_points(text, len(depths_m)) == pytest.approx(depths_m, abs=0.00501)
+    assert len(text) < len(depths_m) * LONGEST_NUMBER
+    if len(depths_m) == 1:
+        assert (parse_compact(text),) == parse_compact_points(text, 1)
+
+
+@pytest.mark.parametrize(("dialect", "points"), [("dense", 1), ("marker", 2), ("coordinates", 0), ("compact", 0),
+                                                 ("spoken", 1)])  # fmt: skip
+def test_there_is_no_template_where_there_is_no_answer_in_words(dialect, points):
+    with pytest.raises(DialectError, match=f"'{dialect}' has no answer in words about {points} points"):
+        answer_template(dialect, points)
+
+
+@pytest.mark.parametrize("depth_m", [math.nan, math.inf, -1.0, 0.001, 2 * MAX_DEPTH_M])
+def test_a_compact_answer_refuses_what_it_cannot_carry(depth_m):
+    with pytest.raises(DatasetError, match="leave the point out"):
+        compact_answer([1.0, depth_m])
+
+
+@given(st.text(st.sampled_from("0123456789.+-eE_, \n\t\u00a0٣m"), max_size=12))
+@example(" 3.42\n")
+@example("3.42 4.1")
+@example("9" * 400)
+def test_compact_takes_exactly_what_stands_between_the_tags_of_a_sentence(text):
+    assert parse_compact(text) == parse_depth(f"<answer>{text}</answer>")
+
+
+@pytest.mark.parametrize("text", ["", " ", "3.42 m", "3.42m", "<answer> 3.42 </answer>", "3.42 3.42", "-1", "0", "1e3",
+                                  "nan", "inf", "3,42", "3.4.2", "20000", "٣"])  # fmt: skip
+def test_anything_beside_one_bare_number_is_no_compact_answer(text):
+    assert parse_compact(text) is None
+
+
+@pytest.mark.parametrize(("text", "depths_m"), [
+    ("3.42 11.08", (3.42, 11.08)),
+    ("3.42,11.08", (3.42, 11.08)),
+    (" 3.42 .5\n", (3.42, 0.5)),
+    ("3.42", None),
+    ("3.42 11.08 1", None),
+    ("3.42  11.08", None),
+    ("3.42, 11.08", None),
+    ("3.42\n11.08", None),
+    ("3.42\t 11.08", None),
+    ("3.42 far", None),
+    ("3.42 -1", None),
+    ("3.42 0", None),
+    ("3.42 20000", None),
+    ("", None),
+])  # fmt: skip
+def test_two_points_get_two_numbers_or_none(text, depths_m):
+    assert parse_compact_points(text, 2) == depths_m
+
+
+@given(st.lists(st.sampled_from([*PIECES, "3.42", " ", ","]), max_size=12).map("".join), st.integers(0, 5))
+def test_no_text_gives_another_number_of_depths_than_was_asked(text, points):
+    depths = parse_compact_points(text, points)
+    assert depths is None or (
+        len(depths) == points and all(MIN_DEPTH_M <= depth_m <= MAX_DEPTH_M for depth_m in depths)
+    )
