@@ -17,7 +17,7 @@ from depthlm_ros import cards
 from depthlm_ros.cards import load_card, models_dir, shipped_cards
 from depthlm_ros.errors import ConfigError, DialectError, LicenceError, ModelError
 from depthlm_ros.modelcard import ModelCard, read_card
-from depthlm_ros.prompts import SYSTEM_TEXT
+from depthlm_ros.prompts import SYSTEM_TEXT, answer_template
 
 CARD = {
     "name": "toy",
@@ -211,6 +211,9 @@ def test_missing_keys_are_named(tmp_path):
         ("policy", "exactly", "did you mean 'exact'"),
         ("depth_kind", "range", "known: z, euclidean"),
         ("coordinate_range", 2000.0, "coordinate_range is 2000.0"),
+        ("compact_range", 1, "compact_range is 1; it must be a whole number of at least 2"),
+        ("points_per_question", 0, "points_per_question is 0"),
+        ("answer", "3.42", "answer is '3.42'; it must be a text with {number} where"),
         ("max_new_tokens", 0, "max_new_tokens is 0"),
         ("system_text", ["a"], "system_text is"),
         ("assumptions", "one", "assumptions is 'one'"),
@@ -445,3 +448,14 @@ def test_no_cards_at_all_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.delenv("AMENT_PREFIX_PATH", raising=False)
     with pytest.raises(ModelError, match="install the package with its data files"):
         models_dir()
+
+
+def test_an_answer_of_the_models_own_stands_for_the_published_sentence_and_not_for_the_bare_number(tmp_path):
+    speaks = {"dialects": ["coordinates", "compact"], "points_per_question": 3}
+    own = read_card(write_card(tmp_path / "own.yaml", answer="It is {number} m.", **speaks))
+    assert own.answer_template("coordinates") == "It is {number} m."
+    assert own.answer_template("compact", 3) == "{number} {number} {number}"
+    card = read_card(write_card(tmp_path / "card.yaml", **speaks))
+    assert card.answer_template("coordinates") == answer_template("coordinates")
+    with pytest.raises(ConfigError, match="points_per_question is 4; model 'toy' answers at most 3"):
+        card.answer_template("compact", 4)
