@@ -155,7 +155,7 @@ def test_texts_hold_no_special_tokens(loaded):
 
 
 def test_the_image_is_encoded_and_its_prefix_read_once_a_frame(qwen3_vl_checkpoint):
-    engine = TransformersEngine.load(qwen3_vl_checkpoint, batch_size=16)
+    engine = TransformersEngine.load(qwen3_vl_checkpoint, batch_size=16, plain=True)
     encoded, read = [], []
     engine.model.model.visual.register_forward_pre_hook(lambda module, args: encoded.append(1))
     engine.model.model.language_model.register_forward_pre_hook(

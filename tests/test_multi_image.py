@@ -126,6 +126,10 @@ def test_three_images_work_too(engine):
     assert [answer.token_ids for answer in answers] == [plain(engine, images, question) for question in questions(3)]
 
 
+def with_plain_path(engine):
+    return TransformersEngine(engine.model, engine.processor, engine.info, plain=True)
+
+
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_the_batch_size_changes_nothing(engine, batch_size):
     small = TransformersEngine(engine.model, engine.processor, engine.info, batch_size=batch_size)
@@ -142,7 +146,7 @@ def test_positions_and_image_tokens_are_those_of_the_stock_path(engine, name):
         lambda module, args, kwargs: seen.append((kwargs["inputs_embeds"], kwargs["position_ids"])), with_kwargs=True
     )
     try:
-        engine.answer_about(pair(name), [QUESTION], 1)
+        with_plain_path(engine).answer_about(pair(name), [QUESTION], 1)
         plain_first = len(seen)
         plain(engine, pair(name), QUESTION)
     finally:
@@ -184,12 +188,11 @@ def test_each_row_may_have_images_of_its_own(engine):
     rows = [pair(), [noise(5, PAIRS["two sizes"][0]), noise(6, PAIRS["two sizes"][1])]]
     inputs = [engine.processor.images([row[k] for row in rows]) for k in range(2)]
     prompts = engine.processor.prompts(questions(2), *(i.grid_hw for i in inputs))
-    shared = 1 + max(i for i, token in enumerate(prompts[0]) if token == engine.processor.image_token_id)
-    with torch.inference_mode():
-        prefix = engine.prefill(prompts[0][:shared], *inputs)
-        answers = engine.decode(prefix, [ids[shared:] for ids in prompts], NEW_TOKENS)
     expected = [plain(engine, row, question) for row, question in zip(rows, questions(2), strict=True)]
-    assert [answer.token_ids for answer in answers] == expected
+    for path in (engine, with_plain_path(engine)):
+        with torch.inference_mode():
+            answers = path._answer(inputs, prompts, NEW_TOKENS, None, False)
+        assert [answer.token_ids for answer in answers] == expected
 
 
 def test_both_images_are_encoded_once_for_all_questions(qwen3_vl_checkpoint):

@@ -24,6 +24,7 @@ def load_engine(
     dtype: str = "auto",
     attn: str | None = None,
     batch_size: int = 64,
+    plain: bool = False,
 ) -> TransformersEngine:
     """Loads a checkpoint into the `transformers` engine.
 
@@ -33,7 +34,8 @@ def load_engine(
         device: "auto", "cpu", "cuda" or "cuda:N".
         dtype: "auto", "float32", "bfloat16" or "float16".
         attn: attention implementation of transformers; None takes "sdpa".
-        batch_size: questions decoded together.
+        batch_size: questions decoded together on the plain path.
+        plain: take transformers' own forward and cache, the slow reference of every faster path.
 
     Raises:
         MissingDependencyError: torch or transformers are absent or too old.
@@ -51,6 +53,7 @@ def load_engine(
         dtype=dtype,
         attn=attn,
         batch_size=batch_size,
+        plain=plain,
     )
 
 

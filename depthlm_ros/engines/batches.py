@@ -1,4 +1,4 @@
-"""What is being decoded: one prefix that questions share, and the rows of a batch that continue it."""
+"""What the plain path decodes: one prefix that questions share, and the rows of a batch that continue it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from transformers import DynamicCache
 
 
 @dataclass(frozen=True)
-class Prefix:
+class PlainPrefix:
     """What one or several images have been turned into; questions attend to it.
 
     Attributes:
@@ -22,6 +22,11 @@ class Prefix:
     cache: DynamicCache
     token_ids: tuple[int, ...]
     next_position: int
+
+    @property
+    def device(self) -> torch.device:
+        """Where the cache lies."""
+        return self.cache.layers[0].keys.device
 
     def rows(self, count: int) -> DynamicCache:
         """A cache of `count` rows of its own, which decoding may grow."""
@@ -36,7 +41,7 @@ class Batch:
     padding is masked, and positions skip it.
     """
 
-    def __init__(self, prefix: Prefix, suffixes: Sequence[Sequence[int]], device: torch.device) -> None:
+    def __init__(self, prefix: PlainPrefix, suffixes: Sequence[Sequence[int]], device: torch.device) -> None:
         width = max(map(len, suffixes))
         padding = torch.tensor([width - len(suffix) for suffix in suffixes], device=device)[:, None]
         self.rows = torch.arange(len(suffixes), device=device)

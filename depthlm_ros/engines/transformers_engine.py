@@ -8,22 +8,52 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
+from depthlm_ros.engines.answering import Answering, Work
 from depthlm_ros.engines.answers import AnswerReader
 from depthlm_ros.engines.base import Answer, EngineInfo, ImageGrid
-from depthlm_ros.engines.batches import Batch, Prefix, shared_length
+from depthlm_ros.engines.batches import PlainPrefix, shared_length
+from depthlm_ros.engines.cascade import Attention, backends
 from depthlm_ros.engines.checkpoint import Checkpoint, open_checkpoint
+from depthlm_ros.engines.decoder import Decoder, Prefix
 from depthlm_ros.engines.dense_head import MLPDepthHead, head_features, load_head, unsupported_head
 from depthlm_ros.engines.devices import choose_placement
 from depthlm_ros.engines.dpt_head import DPTDepthHead
 from depthlm_ros.engines.loading import load_model
+from depthlm_ros.engines.plain import PlainPath
+from depthlm_ros.engines.planner import Planner
 from depthlm_ros.engines.processor import ImageInputs, PromptProcessor
+from depthlm_ros.engines.speculation import Sentence
 from depthlm_ros.errors import DialectError, EngineError, ModelError
+
+
+@dataclass(frozen=True)
+class Composed:
+    """What the language model reads first.
+
+    Attributes:
+        token_ids: the P ids.
+        embeds: (R, P, C), image tokens in place.
+        position_ids: (3, R, P) M-RoPE positions; None where there is no M-RoPE.
+        next_position: rotary position of what follows.
+        deepstack: (R, N, C) for each of the first layers.
+        is_image: (R, P) bool.
+        image_places: (N,) places of the image tokens.
+    """
+
+    token_ids: tuple[int, ...]
+    embeds: torch.Tensor
+    position_ids: torch.Tensor | None
+    next_position: int
+    deepstack: list[torch.Tensor]
+    is_image: torch.Tensor
+    image_places: torch.Tensor
 
 
 class TransformersEngine:
@@ -46,6 +76,7 @@ class TransformersEngine:
         head_mode: str = "llm_last",
         no_head: str = "",
         batch_size: int = 64,
+        plain: bool = False,
     ) -> None:
         self.model = model
         self.processor = processor
@@ -58,8 +89,26 @@ class TransformersEngine:
         self._device = next(model.parameters()).device
         self._reader = AnswerReader(processor.tokenizer)
         self._stop_ids = _stop_ids(model, processor)
-        self._window = model.config.get_text_config().to_dict().get("sliding_window")
-        self._penalty = float(model.generation_config.repetition_penalty or 1.0)
+        self._end_id = _end_id(processor, self._stop_ids)
+        self._dtype = model.get_input_embeddings().weight.dtype
+        self._sentences: dict[str, Sentence] = {}
+        penalty = float(model.generation_config.repetition_penalty or 1.0)
+        self._plain = PlainPath(model, info.architecture, self._stop_ids, penalty)
+        self._decoder: Decoder | None = None
+        self._answering: Answering | None = None
+        if not plain:
+            self._decoder = Decoder(model, info.architecture, *_attentions(self._device))
+            self._answering = Answering(self._decoder, _planner(self._decoder, self._device), self._stop_ids, penalty)
+
+    @property
+    def plain(self) -> bool:
+        """Whether questions take the plain path."""
+        return self._answering is None
+
+    @property
+    def work(self) -> Work:
+        """What the last questions took."""
+        return Work() if self._answering is None else self._answering.work
 
     @classmethod
     def load(
@@ -72,6 +121,7 @@ class TransformersEngine:
         dtype: str = "auto",
         attn: str | None = None,
         batch_size: int = 64,
+        plain: bool = False,
     ) -> TransformersEngine:
         """Loads a folder or hub id; arguments and errors as in `load_engine`."""
         checkpoint = open_checkpoint(source, revision)
@@ -95,14 +145,31 @@ class TransformersEngine:
             parameters=checkpoint.parameters,
             dense=head is not None,
         )
-        return cls(model, processor, info, head=head, head_mode=mode, no_head=no_head, batch_size=batch_size)
+        return cls(model, processor, info, head=head, head_mode=mode, no_head=no_head, batch_size=batch_size,
+                   plain=plain)  # fmt: skip
 
-    def answer_shared(self, image: np.ndarray, questions: Sequence[str], max_new_tokens: int) -> list[Answer]:
+    def answer_shared(
+        self,
+        image: np.ndarray,
+        questions: Sequence[str],
+        max_new_tokens: int,
+        *,
+        expects: str | None = None,
+        distribution: bool = False,
+    ) -> list[Answer]:
         """Answers many questions about one image; `answer_about` with a single image."""
-        return self.answer_about([image], questions, max_new_tokens)
+        return self.answer_about([image], questions, max_new_tokens, expects=expects, distribution=distribution)
 
     @torch.inference_mode()
-    def answer_about(self, images: Sequence[np.ndarray], questions: Sequence[str], max_new_tokens: int) -> list[Answer]:
+    def answer_about(
+        self,
+        images: Sequence[np.ndarray],
+        questions: Sequence[str],
+        max_new_tokens: int,
+        *,
+        expects: str | None = None,
+        distribution: bool = False,
+    ) -> list[Answer]:
         """Answers many questions about the same images, which are encoded and prefilled once.
 
         Args:
@@ -110,6 +177,9 @@ class TransformersEngine:
                 resampled only where a size isn't of `grid`.
             questions: texts; what they share at their beginning is prefilled once too.
             max_new_tokens: longest answer in tokens.
+            expects: the sentence that the model was trained to answer with, "{number}" where each number stands and
+                "{same}" where the one before is repeated. It only saves time: what the model says is what counts.
+            distribution: also give the distribution of each answer's number.
 
         Returns:
             Greedy answers in the order of the questions, the same tokens as `model.generate` gives
@@ -117,7 +187,7 @@ class TransformersEngine:
 
         Raises:
             ImageError: not an RGB image.
-            EngineError: no image, or out of memory.
+            EngineError: no image, an `expects` without a number, or out of memory.
         """
         if not questions:
             return []
@@ -126,20 +196,21 @@ class TransformersEngine:
         with _clear_errors(self.info, self._batch_size):
             inputs = [self.processor.images([image]) for image in images]
             prompts = self.processor.prompts(questions, *(image.grid_hw for image in inputs))
-            shared = shared_length(prompts)
-            prefix = self.prefill(prompts[0][:shared], *inputs)
-            suffixes = [ids[shared:] for ids in prompts]
-            # Rows of one length need no padding, so equal lengths are decoded together.
-            order = sorted(range(len(suffixes)), key=lambda row: len(suffixes[row]))
-            answers: dict[int, Answer] = {}
-            for start in range(0, len(order), self._batch_size):
-                rows = order[start : start + self._batch_size]
-                answers.update(zip(rows, self.decode(prefix, [suffixes[r] for r in rows], max_new_tokens), strict=True))
-            return [answers[row] for row in range(len(suffixes))]
+            return self._answer(inputs, prompts, max_new_tokens, expects, distribution)
 
     @torch.inference_mode()
-    def answer_each(self, images: Sequence[np.ndarray], questions: Sequence[str], max_new_tokens: int) -> list[Answer]:
+    def answer_each(
+        self,
+        images: Sequence[np.ndarray],
+        questions: Sequence[str],
+        max_new_tokens: int,
+        *,
+        expects: str | None = None,
+        distribution: bool = False,
+    ) -> list[Answer]:
         """Answers question i about image i; images of one size are prefilled together.
+
+        Arguments as in `answer_about`.
 
         Raises:
             ImageError: not an RGB image.
@@ -152,10 +223,8 @@ class TransformersEngine:
             for rows in self._same_size_batches(images):
                 inputs = self.processor.images([images[row] for row in rows])
                 prompts = self.processor.prompts([questions[row] for row in rows], inputs.grid_hw)
-                shared = shared_length(prompts)
-                prefix = self.prefill(prompts[0][:shared], inputs)
-                decoded = self.decode(prefix, [ids[shared:] for ids in prompts], max_new_tokens)
-                answers.update(zip(rows, decoded, strict=True))
+                some = self._answer([inputs], prompts, max_new_tokens, expects, distribution)
+                answers.update(zip(rows, some, strict=True))
         return [answers[row] for row in range(len(questions))]
 
     @torch.inference_mode()
@@ -206,10 +275,13 @@ class TransformersEngine:
         Returns:
             (B, N, C) features at the image tokens, row-major over the token grid; (B, 4, N, C) for a DPT head.
         """
-        hidden, deepstack, _ = self._forward_images(ids, (inputs,), None)
+        frame = self._compose(ids, (inputs,))
         at = torch.tensor(ids, device=self._device) == self.processor.image_token_id
-        maps = [features.view(inputs.count, -1, features.shape[-1]) for features in deepstack]
-        return head_features(self._head_mode, maps, hidden[:, at])
+        if self._decoder is None:
+            hidden = self._plain.forward(frame.embeds, frame.position_ids, frame.deepstack, frame.is_image, None)
+        else:
+            _, hidden = self._prefill(frame, hidden=True)
+        return head_features(self._head_mode, frame.deepstack, hidden[:, at])
 
     def prefill(self, ids: Sequence[int], *inputs: ImageInputs) -> Prefix:
         """Runs the vision tower and the language model over what all questions share.
@@ -217,48 +289,15 @@ class TransformersEngine:
         Args:
             ids: chat header, image tokens and the beginning of the questions, the same for each row.
             inputs: the first image of each row, the second image of each row, ...; one row for all questions, or
-                one for each that `decode` will get.
+                one for each.
         """
-        cache = DynamicCache()
-        _, _, next_position = self._forward_images(ids, inputs, cache)
-        return Prefix(cache, tuple(ids), next_position)
+        return self._prefill(self._compose(ids, inputs))[0]
 
-    def decode(self, prefix: Prefix, suffixes: Sequence[Sequence[int]], max_new_tokens: int) -> list[Answer]:
-        """Answers one batch greedily; rows leave when they have ended.
-
-        Args:
-            prefix: of one image, or of one image for each suffix.
-            suffixes: the rest of each prompt, at least one token.
-            max_new_tokens: longest answer in tokens.
-        """
-        length = len(prefix.token_ids) + max(map(len, suffixes)) + max_new_tokens
-        if self._window is not None and length > self._window:
-            raise EngineError(
-                f"{length} tokens don't fit the model's sliding window of {self._window}; ask for a smaller image"
-            )
-        batch = Batch(prefix, suffixes, self._device)
-        seen = self._seen_tokens(prefix, suffixes)
-        tokens: list[list[int]] = [[] for _ in suffixes]
-        chances: list[list[float]] = [[] for _ in suffixes]
-        for _ in range(max_new_tokens):
-            logits = self.next_logits(batch)
-            if seen is not None:
-                penalised = torch.where(logits < 0, logits * self._penalty, logits / self._penalty)
-                logits = torch.where(seen[batch.rows], penalised, logits)
-            chosen = logits.argmax(-1)
-            chance = torch.exp(logits.gather(-1, chosen[:, None])[:, 0] - logits.logsumexp(-1))
-            if seen is not None:
-                seen[batch.rows, chosen] = True
-            ids = chosen.tolist()
-            for row, token, probability in zip(batch.rows.tolist(), ids, chance.tolist(), strict=True):
-                if not (tokens[row] and tokens[row][-1] in self._stop_ids):
-                    tokens[row].append(token)
-                    chances[row].append(probability)
-            running = [at for at, row in enumerate(batch.rows.tolist()) if tokens[row][-1] not in self._stop_ids]
-            if not running:
-                break
-            batch.advance(chosen, running)
-        return [self._reader.answer(ids, chance) for ids, chance in zip(tokens, chances, strict=True)]
+    def plain_prefill(self, ids: Sequence[int], *inputs: ImageInputs) -> PlainPrefix:
+        """`prefill` by the plain path."""
+        frame, cache = self._compose(ids, inputs), DynamicCache()
+        self._plain.forward(frame.embeds, frame.position_ids, frame.deepstack, frame.is_image, cache)
+        return PlainPrefix(cache, tuple(ids), frame.next_position)
 
     def warm_up(self, width: int, height: int) -> None:
         """Runs once at this size, so that the first frame doesn't pay for what is set up lazily."""
@@ -269,43 +308,77 @@ class TransformersEngine:
 
     def close(self) -> None:
         """Frees the model's memory; the engine can't be used afterwards."""
-        del self.model, self._head
+        del self.model, self._head, self._plain, self._decoder, self._answering
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _forward_images(
-        self, ids: Sequence[int], inputs: Sequence[ImageInputs], cache: DynamicCache | None
-    ) -> tuple[torch.Tensor, list[torch.Tensor], int]:
-        """Last states (B, L, C), DeepStack maps (B * N, C), and the position that follows."""
+    def _answer(
+        self,
+        inputs: Sequence[ImageInputs],
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        expects: str | None,
+        distribution: bool,
+    ) -> list[Answer]:
+        shared = shared_length(prompts)
+        suffixes = [ids[shared:] for ids in prompts]
+        if self._answering is None:
+            return self._answer_plainly(self.plain_prefill(prompts[0][:shared], *inputs), suffixes, max_new_tokens)
+        prefix = self.prefill(prompts[0][:shared], *inputs)
+        rows = self._answering.answer(prefix, suffixes, max_new_tokens, self._sentence(expects))
+        return [self._reader.answer(row.said, row.chances) for row in rows]
+
+    def _answer_plainly(
+        self, prefix: PlainPrefix, suffixes: Sequence[Sequence[int]], max_new_tokens: int
+    ) -> list[Answer]:
+        # Rows of one length need no padding, so equal lengths are decoded together.
+        order = sorted(range(len(suffixes)), key=lambda row: len(suffixes[row]))
+        size = len(order) if len(prefix.cache.layers[0].keys) > 1 else self._batch_size
+        answers: dict[int, Answer] = {}
+        for start in range(0, len(order), size):
+            rows = order[start : start + size] if size < len(order) else list(range(len(suffixes)))
+            said = self._plain.decode(prefix, [suffixes[row] for row in rows], max_new_tokens)
+            answers.update({row: self._reader.answer(*one) for row, one in zip(rows, said, strict=True)})
+        return [answers[row] for row in range(len(suffixes))]
+
+    def _sentence(self, expects: str | None) -> Sentence | None:
+        if expects is None:
+            return None
+        if expects not in self._sentences:
+            self._sentences[expects] = Sentence(self.processor.tokenizer, expects, self._end_id)
+        return self._sentences[expects]
+
+    def _prefill(self, frame: Composed, *, hidden: bool = False) -> tuple[Prefix, torch.Tensor | None]:
+        positions = frame.position_ids
+        if positions is None:
+            length = len(frame.token_ids)
+            positions = torch.arange(length, device=self._device).expand(len(frame.embeds), -1)
+        return self._decoder.prefill(
+            frame.embeds, positions, frame.token_ids, frame.deepstack, frame.image_places, frame.next_position,
+            hidden=hidden,
+        )  # fmt: skip
+
+    def _compose(self, ids: Sequence[int], inputs: Sequence[ImageInputs]) -> Composed:
+        """Text and image tokens as the language model reads them."""
         rows = inputs[0].count
+        is_token = [token == self.processor.image_token_id for token in ids]
+        places = torch.tensor([at for at, image in enumerate(is_token) if image], device=self._device)
         input_ids = torch.tensor(ids, device=self._device).expand(rows, -1)
-        is_image = input_ids == self.processor.image_token_id
+        is_image = torch.tensor(is_token, device=self._device).expand(rows, -1)
         encoded = [self._encode(images) for images in inputs]
         tokens = _by_row([image_tokens for image_tokens, _ in encoded], rows)
         deepstack = [_by_row(maps, rows) for maps in zip(*(maps for _, maps in encoded), strict=True)]
-        embeds = self.model.get_input_embeddings()(input_ids)
-        embeds = embeds.masked_scatter(is_image[..., None], tokens.to(embeds.dtype))
-        options = {}
-        position_ids = None
-        next_position = len(ids)
+        embeds = self.model.get_input_embeddings()(input_ids).index_copy(1, places, tokens.to(self._dtype))
+        position_ids, next_position = None, len(ids)
         if self.info.architecture != "llava":
             grids = torch.stack([images.tensors["image_grid_thw"] for images in inputs], dim=1)
+            # On the host: sizes become Python numbers in there, and the device would be waited for.
             position_ids, _ = self.model.model.get_rope_index(
-                input_ids,
-                mm_token_type_ids=is_image.int(),
-                image_grid_thw=grids.flatten(0, 1).to(self._device),
+                input_ids.cpu(), mm_token_type_ids=is_image.int().cpu(), image_grid_thw=grids.flatten(0, 1).cpu()
             )
-            next_position = int(position_ids.max()) + 1
-        if deepstack:
-            options = {"visual_pos_masks": is_image, "deepstack_visual_embeds": deepstack}
-        output = self.model.model.language_model(
-            inputs_embeds=embeds,
-            position_ids=position_ids,
-            past_key_values=cache,
-            use_cache=cache is not None,
-            **options,
-        )
-        return output.last_hidden_state, deepstack, next_position
+            next_position = int(position_ids[:, 0].max()) + 1
+            position_ids = position_ids.to(self._device)
+        return Composed(tuple(ids), embeds, position_ids, next_position, deepstack, is_image, places)
 
     def _encode(self, inputs: ImageInputs) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Image tokens (B * N, C) and DeepStack maps of the same shape."""
@@ -324,29 +397,6 @@ class TransformersEngine:
             m if isinstance(m, torch.Tensor) else torch.cat(list(m)) for m in maps
         ]
 
-    def next_logits(self, batch: Batch) -> torch.Tensor:
-        """(rows, vocabulary) float32 scores of the token that follows each row; grows the batch's cache."""
-        positions = batch.positions
-        if self.info.architecture != "llava":
-            positions = positions.expand(3, -1, -1)
-        output = self.model.model.language_model(
-            inputs_embeds=self.model.get_input_embeddings()(batch.input_ids),
-            position_ids=positions,
-            attention_mask=batch.mask,
-            past_key_values=batch.cache,
-            use_cache=True,
-        )
-        return self.model.lm_head(output.last_hidden_state[:, -1]).float()
-
-    def _seen_tokens(self, prefix: Prefix, suffixes: Sequence[Sequence[int]]) -> torch.Tensor | None:
-        """(rows, vocabulary) bool, what a repetition penalty of the checkpoint's own looks at."""
-        if self._penalty == 1.0:
-            return None
-        seen = torch.zeros(len(suffixes), self.model.lm_head.out_features, dtype=torch.bool, device=self._device)
-        for row, suffix in enumerate(suffixes):
-            seen[row, list({*prefix.token_ids, *suffix})] = True
-        return seen
-
     def _same_size_batches(self, images: Sequence[np.ndarray]) -> Iterator[list[int]]:
         by_size: dict[tuple[int, ...], list[int]] = {}
         for row, image in enumerate(images):
@@ -357,10 +407,27 @@ class TransformersEngine:
 
 
 def _by_row(features: Sequence[torch.Tensor], rows: int) -> torch.Tensor:
-    """Features (rows * N_k, C) of the k-th images to (rows * sum of N_k, C): each row's images after one another."""
-    if len(features) == 1:
-        return features[0]
-    return torch.cat([f.view(rows, -1, f.shape[-1]) for f in features], dim=1).flatten(0, 1)
+    """Features (rows * N_k, C) of the k-th images to (rows, sum of N_k, C): each row's images after one another."""
+    parts = [f.view(rows, -1, f.shape[-1]) for f in features]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def _attentions(device: torch.device) -> tuple[Attention, Attention]:
+    known = backends(device)
+    return known.get("flash", known["matmul"]), known["flash" if device.type == "cpu" else "matmul"]
+
+
+def _planner(decoder: Decoder, device: torch.device) -> Planner:
+    item = decoder.layers[0].qkv.element_size()
+    width = decoder.layers[0].o.shape[0]
+    # The stream, its normed copy and the attention's output; query, key and value turned and not; gate and up.
+    wide = 4 * width + 3 * len(decoder.layers[0].qkv) + 2 * len(decoder.layers[0].gate_up)
+    return Planner(
+        device,
+        token_bytes=2 * len(decoder.layers) * decoder.groups * decoder.head_size * item,
+        activation_bytes=wide * item,
+        score_bytes=3 * 4 * len(decoder.lm_head.weight),
+    )
 
 
 def _stop_ids(model: PreTrainedModel, processor: PromptProcessor) -> frozenset[int]:
@@ -370,6 +437,12 @@ def _stop_ids(model: PreTrainedModel, processor: PromptProcessor) -> frozenset[i
     if ids is None:
         raise ModelError("the checkpoint names no end-of-sequence token; add eos_token_id to generation_config.json")
     return frozenset(ids if isinstance(ids, list) else [ids])
+
+
+def _end_id(processor: PromptProcessor, stop_ids: frozenset[int]) -> int:
+    """The token that ends a trained answer: the chat template's own where it is among those that stop."""
+    own = processor.tokenizer.eos_token_id
+    return own if own in stop_ids else min(stop_ids)
 
 
 def _deepstack_maps(checkpoint: Checkpoint) -> int:

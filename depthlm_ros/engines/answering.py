@@ -1,0 +1,313 @@
+"""Greedy answers to many questions that continue one prefix: what is fed, verified and decoded when.
+
+    question + expected sentence ─┐ one pass, chunk by chunk
+                                  ├─> verified against the model's own argmax ─> first digit
+    digit, point ─> digit ─> digit + rest of the sentence, verified again ─> end
+
+Each round feeds every unfinished answer its last token and what probably follows it (`speculation`),
+keeps what the model would have said itself and takes its next token from the first place where it
+differs. Nothing that isn't the model's own argmax is ever kept. Answers of equal need go together;
+finished ones leave.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch.nn import functional as F
+
+from depthlm_ros.engines.decoder import Continuations, Decoder, Prefix
+from depthlm_ros.engines.planner import Planner
+from depthlm_ros.engines.speculation import Sentence
+
+
+@dataclass
+class Row:
+    """One answer while it is made.
+
+    Attributes:
+        suffix: the rest of its prompt.
+        said: the answer's tokens so far; the last one hasn't been fed yet.
+        chances: the probability that the model gave each of them.
+        held: tokens whose keys are stored, the suffix included.
+        done: whether it has ended.
+    """
+
+    suffix: Sequence[int]
+    said: list[int] = field(default_factory=list)
+    chances: list[float] = field(default_factory=list)
+    held: int = 0
+    done: bool = False
+
+
+@dataclass
+class Work:
+    """What was done for a frame's questions; published in the diagnostics and checked by tests.
+
+    Attributes:
+        fed: tokens that went through the layers after the prefix.
+        proposed: tokens of them that were drafts.
+        accepted: drafts that the model would have said itself.
+        passes: calls of the decoder.
+        kept_bytes: largest memory of the continuations' keys and values.
+    """
+
+    fed: int = 0
+    proposed: int = 0
+    accepted: int = 0
+    passes: int = 0
+    kept_bytes: int = 0
+
+
+class Answering:
+    """Answers questions with one decoder.
+
+    Args:
+        decoder: the language model.
+        planner: how many go at once.
+        stop_ids: tokens that end an answer.
+        penalty: repetition penalty of the checkpoint's own generation settings; 1 for none.
+    """
+
+    def __init__(self, decoder: Decoder, planner: Planner, stop_ids: frozenset[int], penalty: float = 1.0) -> None:
+        self._decoder = decoder
+        self._planner = planner
+        self._stop_ids = stop_ids
+        self._penalty = penalty
+        self._kept: Continuations | None = None
+        self.work = Work()
+
+    def answer(
+        self,
+        prefix: Prefix,
+        suffixes: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        sentence: Sentence | None = None,
+        guesses: Sequence[Sequence[int]] | None = None,
+        finished: Callable[[list[int], list[Row], Group], None] | None = None,
+    ) -> list[Row]:
+        """Answers each suffix.
+
+        Args:
+            prefix: of one image for all, or with a row for each suffix.
+            suffixes: the rest of each prompt, at least one token.
+            max_new_tokens: longest answer.
+            sentence: what the model was trained to say.
+            guesses: number tokens that each answer probably holds, such as those of the frame before.
+            finished: called with the numbers and rows of each group while their keys are still there.
+        """
+        self.work = Work()
+        rows = [Row(suffix) for suffix in suffixes]
+        # Rows of one length need no padding.
+        order = sorted(range(len(rows)), key=lambda at: len(suffixes[at]))
+        longest = max(map(len, suffixes)) + max_new_tokens
+        size = self._planner.group(longest)
+        for start in range(0, len(order), size):
+            numbers = order[start : start + size]
+            group = Group(self, prefix, numbers, [rows[at] for at in numbers], max_new_tokens, sentence)
+            group.run(None if guesses is None else [guesses[at] for at in numbers])
+            if finished is not None:
+                finished(numbers, group.rows, group)
+        return rows
+
+    def room(self, rows: int, capacity: int) -> Continuations:
+        """Room for keys and values; that of the group before where it is large enough, since fresh memory is slow."""
+        kept = self._kept
+        if kept is None or kept.rows < rows or kept.capacity < capacity:
+            self._kept = None
+            self._kept = kept = Continuations(self._decoder, rows, capacity)
+        return kept
+
+    def scored(self, hidden: torch.Tensor, seen: torch.Tensor | None, fed: torch.Tensor | None) -> torch.Tensor:
+        """(B, k, V) float32 scores of the token after each of (B, k, C) states.
+
+        Args:
+            hidden: normed last states.
+            seen: (B, m) ids that the repetition penalty looks at.
+            fed: (B, k) ids that were fed at these places; the penalty sees those up to each place.
+        """
+        scores = self._decoder.lm_head(hidden).float()
+        if seen is None or fed is None:
+            return scores
+        count, places, _ = scores.shape
+        before = fed[:, None].expand(-1, places, -1)
+        up_to = torch.ones(places, places, dtype=torch.bool, device=fed.device).tril()
+        before = torch.where(up_to, before, before[..., :1])
+        ids = torch.cat([seen[:, None].expand(-1, places, -1), before], dim=-1)
+        values = scores.gather(-1, ids)
+        return scores.scatter(-1, ids, torch.where(values < 0, values * self._penalty, values / self._penalty))
+
+    @property
+    def penalised(self) -> bool:
+        """Whether the checkpoint has a repetition penalty."""
+        return self._penalty != 1.0
+
+
+class Group:
+    """Rows whose keys are kept at the same time."""
+
+    def __init__(
+        self,
+        answering: Answering,
+        prefix: Prefix,
+        numbers: Sequence[int],
+        rows: list[Row],
+        max_new_tokens: int,
+        sentence: Sentence | None,
+    ) -> None:
+        self.rows = rows
+        self._answering = answering
+        self._decoder = answering._decoder
+        self._planner = answering._planner
+        self._device = self._decoder.embed.weight.device
+        self._prefix = prefix
+        if prefix.rows > 1 and list(numbers) != list(range(prefix.rows)):
+            self._prefix = prefix.select(torch.tensor(numbers, device=self._device))
+        self._max_new_tokens = max_new_tokens
+        self._sentence = sentence
+        longest = max(len(row.suffix) for row in rows)
+        ahead = len(sentence.head) + 32 if sentence is not None else 8
+        self.own = answering.room(len(rows), longest + min(ahead, max_new_tokens))
+        self._seen_prefix = sorted(set(prefix.token_ids))
+
+    def run(self, guesses: Sequence[Sequence[int]] | None = None) -> None:
+        """Answers all rows."""
+        drafts = [self._draft(row, guesses[at] if guesses else ()) for at, row in enumerate(self.rows)]
+        everyone = list(range(len(self.rows)))
+        self._feed_all(everyone, [[*row.suffix, *draft] for row, draft in zip(self.rows, drafts, strict=True)], drafts)
+        while waiting := [at for at in everyone if not self.rows[at].done]:
+            drafts = {at: self._draft(self.rows[at]) for at in waiting}
+            # The narrow go first, until all have come to where much can be verified at once.
+            narrow = min(len(draft) for draft in drafts.values())
+            chosen = [at for at in waiting if len(drafts[at]) <= narrow + 1]
+            feeds = [[self.rows[at].said[-1], *drafts[at]] for at in chosen]
+            self._feed_all(chosen, feeds, [drafts[at] for at in chosen])
+        work = self._answering.work
+        work.kept_bytes = max(work.kept_bytes, self.own.bytes)
+
+    def _draft(self, row: Row, guess: Sequence[int] = ()) -> list[int]:
+        if self._sentence is None:
+            return []
+        draft = self._sentence.propose(row.said)
+        if guess and not row.said:
+            draft = draft + list(guess)
+            draft += self._sentence.propose(draft)
+        # The place after the last token that may be said isn't asked for.
+        return draft[: max(0, self._max_new_tokens - len(row.said) - 1)]
+
+    def _feed_all(self, chosen: list[int], feeds: list[list[int]], drafts: list[list[int]]) -> None:
+        at = 0
+        while at < len(chosen):
+            width = max(map(len, feeds[at : at + 1]))
+            read = 1 + max(map(len, drafts))
+            count = self._planner.rows(width, read)
+            part = slice(at, at + count)
+            width = max(map(len, feeds[part]))
+            done = self._planner.attempt(
+                width, lambda part=part: self._feed(chosen[part], feeds[part], drafts[part]) or True
+            )
+            if done:
+                at += count
+
+    def _feed(self, chosen: list[int], feeds: list[list[int]], drafts: list[list[int]]) -> None:
+        """Feeds tokens to some rows and keeps of each draft what the model says itself."""
+        device, rows = self._device, [self.rows[at] for at in chosen]
+        width, read = max(map(len, feeds)), 1 + max(map(len, drafts))
+        ids = torch.tensor([[*feed, *[0] * (width - len(feed))] for feed in feeds], device=device)
+        ends = [[len(feed) - len(draft) - 1] for feed, draft in zip(feeds, drafts, strict=True)]
+        keep = (torch.tensor(ends, device=device) + torch.arange(read, device=device)).clamp(max=width - 1)
+        first = rows[0].held == 0
+        start = None if first else torch.tensor([row.held for row in rows], device=device)
+        together = chosen == list(range(chosen[0], chosen[0] + len(chosen)))
+        where = slice(chosen[0], chosen[-1] + 1) if together else torch.tensor(chosen, device=device)
+        hidden = self._decoder.extend(
+            ids,
+            self._prefix.select(where),
+            self.own,
+            where,
+            start,
+            max(row.held for row in rows),
+            keep if read < width or min(map(len, feeds)) < width else None,
+        )
+        seen = self._seen(rows) if self._answering.penalised else None
+        fed = ids.gather(1, keep) if seen is not None else None
+        tokens, chances = self._read(hidden, seen, fed)
+        work = self._answering.work
+        work.passes += 1
+        work.fed += ids.numel()
+        for row, feed, draft, token, chance in zip(rows, feeds, drafts, tokens, chances, strict=True):
+            taken = next((i for i, (a, b) in enumerate(zip(draft, token, strict=False)) if a != b), len(draft))
+            row.held += len(feed) - len(draft) + taken
+            work.proposed += len(draft)
+            work.accepted += taken
+            for at in range(taken + 1):
+                row.said.append(token[at])
+                row.chances.append(chance[at])
+                if token[at] in self._answering._stop_ids or len(row.said) == self._max_new_tokens:
+                    row.done = True
+                    break
+
+    def _read(
+        self, hidden: torch.Tensor, seen: torch.Tensor | None, fed: torch.Tensor | None
+    ) -> tuple[list[list[int]], list[list[float]]]:
+        """Greedy tokens and their probabilities after each state, a part of the rows at a time."""
+        tokens, chances = [], []
+        # Scores of a large vocabulary are larger than everything else.
+        size = max(1, (256 << 20) // (4 * hidden.shape[1] * self._decoder.lm_head.weight.shape[0]))
+        for at in range(0, len(hidden), size):
+            part = slice(at, at + size)
+            scores = self._answering.scored(
+                hidden[part], None if seen is None else seen[part], None if fed is None else fed[part]
+            )
+            best, token = scores.max(-1)
+            tokens.append(token)
+            chances.append((best - scores.logsumexp(-1)).exp_())
+        return torch.cat(tokens).tolist(), torch.cat(chances).tolist()
+
+    def _seen(self, rows: list[Row]) -> torch.Tensor:
+        """(B, m) ids of prompt and answer so far, filled up with one of them."""
+        ids = [sorted({*self._seen_prefix, *row.suffix, *row.said}) for row in rows]
+        width = max(map(len, ids))
+        return torch.tensor([some + [some[0]] * (width - len(some)) for some in ids], device=self._device)
+
+    def next_scores(self, rows: Sequence[int], paths: Sequence[Sequence[int]], held: Sequence[int]) -> torch.Tensor:
+        """(n, V) float32 log-probabilities of what follows the beginning of an answer and then a path of tokens.
+
+        Args:
+            rows: whose answer.
+            paths: other tokens than those said, at least one each.
+            held: how many of the row's stored tokens the path follows.
+        """
+        device = self._device
+        scores = []
+        width = max(map(len, paths))
+        count = self._planner.rows(width, 1)
+        for at in range(0, len(paths), count):
+            part = slice(at, at + count)
+            some = paths[part]
+            ids = torch.tensor([[*path, *[0] * (width - len(path))] for path in some], device=device)
+            where = torch.tensor(rows[part], device=device)
+            held_here = torch.tensor(held[part], device=device)
+            kept = Borrowed(self.own, where)
+            last = torch.tensor([[len(path) - 1] for path in some], device=device)
+            hidden = self._decoder.extend(
+                ids,
+                self._prefix.select(where),
+                kept,
+                slice(0, len(some)),
+                held_here,
+                max(held[part]),
+                last if width > 1 else None,
+            )
+            scores.append(F.log_softmax(self._answering.scored(hidden, None, None)[:, 0], dim=-1))
+        return torch.cat(scores)
+
+
+class Borrowed(Continuations):
+    """Copies of some rows' keys, so that what is tried leaves the rows as they are."""
+
+    def __init__(self, own: Continuations, rows: torch.Tensor) -> None:
+        self.keys = [x[rows] for x in own.keys]
+        self.values = [x[rows] for x in own.values]

@@ -1,0 +1,159 @@
+"""Attention of many short continuations to one shared prefix, and of each to itself.
+
+Softmax over a joined key set splits: with `o, lse` of the prefix and `o', lse'` of the continuation,
+the joint output is `lerp(o', o, sigmoid(lse - lse'))`, exactly. So the prefix's keys are stored and
+read once for all continuations, as one matrix product with a very tall left side, and never copied
+(cascade attention; Ye et al. 2024, and Juravsky et al., "Hydragen", arXiv 2402.05099).
+
+Shapes: B continuations, T new tokens in each, S keys of each, P keys of the prefix, H query heads,
+K key/value heads (H a multiple of K), D head size.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from torch.nn import functional as F
+
+# (query, key, value, mask, causal) -> output (N, T, H, D) and log-sum-exp (N, T, H, 1) in float32.
+Attention = Callable[
+    [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, bool], tuple[torch.Tensor, torch.Tensor]
+]
+
+
+def matmul_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, causal: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Plain attention with its log-sum-exp, on any device.
+
+    Args:
+        query: (N, T, H, D).
+        key: (N, S, K, D).
+        value: (N, S, K, D).
+        mask: bool, broadcast to (N, T, S), True where a key is seen; None sees all.
+        causal: token t sees keys up to t (S = T).
+
+    Returns:
+        (N, T, H, D) in the query's dtype and (N, T, H, 1) float32.
+    """
+    n, length, heads, size = query.shape
+    seen, groups = key.shape[1], key.shape[2]
+    share = heads // groups
+    q = query.view(n, length, groups, share, size).permute(0, 2, 3, 1, 4).reshape(n, groups, share * length, size)
+    scores = (q @ key.permute(0, 2, 3, 1)).float() * size**-0.5
+    scores = scores.view(n, groups, share, length, seen)
+    if causal:
+        scores = scores.masked_fill(_future(length, scores.device), -torch.inf)
+    if mask is not None:
+        scores = scores.masked_fill(~mask[:, None, None], -torch.inf)
+    total = scores.logsumexp(-1, keepdim=True)
+    weights = (scores - total).exp_().to(value.dtype).view(n, groups, share * length, seen)
+    output = (weights @ value.transpose(1, 2)).view(n, groups, share, length, size)
+    return (
+        output.permute(0, 3, 1, 2, 4).reshape(n, length, heads, size),
+        total.permute(0, 3, 1, 2, 4).reshape(n, length, heads, 1),
+    )
+
+
+def cpu_flash_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, causal: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`matmul_attention` by torch's flash kernel for CPUs, which never writes the scores to memory."""
+    bias = None
+    if mask is not None:
+        bias = torch.zeros(mask.shape, dtype=query.dtype).masked_fill_(~mask, -torch.inf)[:, None]
+    output, total = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), 0.0, causal, attn_mask=bias
+    )
+    return output.transpose(1, 2), total.transpose(1, 2).unsqueeze(-1)
+
+
+def cuda_flash_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, causal: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`matmul_attention` by the flash kernel of CUDA; masks and float32, which it doesn't take, go the plain way."""
+    if mask is not None or query.dtype == torch.float32:
+        return matmul_attention(query, key, value, mask, causal)
+    share = query.shape[2] // key.shape[2]
+    key, value = (x.repeat_interleave(share, 2) if share > 1 else x for x in (key, value))
+    out = torch.ops.aten._scaled_dot_product_flash_attention(
+        query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), 0.0, causal, False
+    )
+    return out[0].transpose(1, 2), out[1].transpose(1, 2).unsqueeze(-1)
+
+
+def backends(device: torch.device) -> dict[str, Attention]:
+    """What may run on this device, by name."""
+    known: dict[str, Attention] = {"matmul": matmul_attention}
+    if device.type == "cpu":
+        known["flash"] = cpu_flash_attention
+    if device.type == "cuda":
+        known["flash"] = cuda_flash_attention
+    return known
+
+
+def fastest(
+    shapes: Sequence[tuple[tuple[int, int, int, int], tuple[int, int, int, int], bool]],
+    device: torch.device,
+    dtype: torch.dtype,
+    rounds: int = 3,
+) -> tuple[list[str], str]:
+    """Measures which backend is the fastest at each of some shapes.
+
+    Args:
+        shapes: (query (N, T, H, D), key (N, S, K, D), causal) of each.
+        device: where.
+        dtype: of the operands.
+        rounds: the best of so many runs counts.
+
+    Returns:
+        Its name for each shape, and a sentence with the times for people.
+    """
+    chosen, told = [], []
+    for (n, length, heads, size), (_, seen, groups, _), causal in shapes:
+        query = torch.randn(n, length, heads, size, device=device, dtype=dtype)
+        key = torch.randn(n, seen, groups, size, device=device, dtype=dtype)
+        times = {}
+        for name, attention in backends(device).items():
+            try:
+                times[name] = min(_seconds(attention, query, key, causal, device) for _ in range(rounds + 1))
+            except (RuntimeError, NotImplementedError) as error:
+                # A build without this kernel, or a shape that it doesn't take.
+                told.append(f"{name} can't run ({str(error).splitlines()[0]})")
+        chosen.append(min(times, key=times.__getitem__))
+        told.append(f"{length}x{seen}: " + ", ".join(f"{name} {1e3 * s:.2f} ms" for name, s in times.items()))
+    return chosen, "attention " + "; ".join(told)
+
+
+def merge(ours: tuple[torch.Tensor, torch.Tensor], prefix: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """Joins two attentions of the same queries over disjoint keys; (N, T, H, D)."""
+    weight = torch.sigmoid(prefix[1] - ours[1]).to(ours[0].dtype)
+    return torch.lerp(ours[0], prefix[0], weight)
+
+
+def plain_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, causal: bool) -> torch.Tensor:
+    """Attention without log-sum-exp, shapes as in `matmul_attention`; (N, T, H, D)."""
+    output = F.scaled_dot_product_attention(
+        query.transpose(1, 2),
+        key.transpose(1, 2),
+        value.transpose(1, 2),
+        is_causal=causal,
+        enable_gqa=query.shape[2] != key.shape[2],
+    )
+    return output.transpose(1, 2)
+
+
+def _future(length: int, device: torch.device) -> torch.Tensor:
+    return torch.ones(length, length, dtype=torch.bool, device=device).triu(1)
+
+
+def _seconds(attention: Attention, query: torch.Tensor, key: torch.Tensor, causal: bool, device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    attention(query, key, key, None, causal)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start

@@ -1,0 +1,414 @@
+"""The language model of a checkpoint, run without what continuations of one prefix don't need.
+
+The weights are those of the loaded transformers model (projections that read the same input are
+laid side by side once, and the model's own parameters become views of them), so nothing is stored
+twice. What differs from the model's own forward:
+
+- a prefix is run once and its keys are kept once (`prefill`), continuations attend to it by cascade
+  attention (`extend`);
+- in the last layer only those tokens get an output that somebody reads: of a prefix none, of a
+  continuation the ones that are verified;
+- no masks, caches or position tables are made that causality gives for nothing.
+
+Text after an image has equal temporal, height and width positions in M-RoPE, so that continuations
+turn by one position each, in every architecture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from depthlm_ros.engines.cascade import Attention, matmul_attention, merge, plain_attention
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer's weights, (out, in) each; `qkv` and `gate_up` are stacked along `out`."""
+
+    norm: torch.Tensor
+    qkv: torch.Tensor
+    qkv_bias: torch.Tensor | None
+    q_norm: torch.Tensor | None
+    k_norm: torch.Tensor | None
+    o: torch.Tensor
+    o_bias: torch.Tensor | None
+    mlp_norm: torch.Tensor
+    gate_up: torch.Tensor
+    down: torch.Tensor
+    window: int | None
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """What one or several images, and the beginning of the questions, have been turned into.
+
+    Attributes:
+        keys: of each layer, (R, P, K, D); R = 1, or a row for each continuation.
+        values: likewise.
+        token_ids: the P prefilled ids, the same for every row.
+        next_position: rotary position of the first token that follows.
+    """
+
+    keys: tuple[torch.Tensor, ...]
+    values: tuple[torch.Tensor, ...]
+    token_ids: tuple[int, ...]
+    next_position: int
+
+    @property
+    def rows(self) -> int:
+        """1, or the number of continuations."""
+        return len(self.keys[0])
+
+    @property
+    def bytes(self) -> int:
+        """Memory of keys and values."""
+        return sum(x.numel() * x.element_size() for x in (*self.keys, *self.values))
+
+    def select(self, rows: slice | torch.Tensor) -> Prefix:
+        """The prefix of some continuations; itself where it is shared."""
+        if self.rows == 1:
+            return self
+        keys, values = (tuple(x[rows] for x in kv) for kv in (self.keys, self.values))
+        return Prefix(keys, values, self.token_ids, self.next_position)
+
+
+class Continuations:
+    """Keys and values of what follows the prefix, (B, S, K, D) in each layer; grows when it must."""
+
+    def __init__(self, decoder: Decoder, rows: int, capacity: int) -> None:
+        shape = (rows, capacity, decoder.groups, decoder.head_size)
+        # Zeros, since what is masked is multiplied by nought all the same, and that must not be a NaN.
+        self.keys = [decoder.new_zeros(shape) for _ in decoder.layers]
+        self.values = [decoder.new_zeros(shape) for _ in decoder.layers]
+
+    @property
+    def rows(self) -> int:
+        """Continuations that there is room for."""
+        return len(self.keys[0])
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that a row can hold."""
+        return self.keys[0].shape[1]
+
+    @property
+    def bytes(self) -> int:
+        """Memory of keys and values."""
+        return sum(x.numel() * x.element_size() for x in (*self.keys, *self.values))
+
+    def reserve(self, capacity: int) -> None:
+        """Makes room for at least so many tokens a row."""
+        if capacity > self.capacity:
+            more = max(capacity, self.capacity + self.capacity // 2) - self.capacity
+            for kept in (self.keys, self.values):
+                kept[:] = [F.pad(x, (0, 0, 0, 0, 0, more)) for x in kept]
+
+
+class Decoder:
+    """The layers of Qwen3-VL's, Qwen2.5-VL's and Pixtral's (Mistral's) language models.
+
+    Args:
+        model: the loaded model; its projections become views of the stacked ones.
+        architecture: "qwen3_vl", "qwen2_5_vl" or "llava".
+        prefix_attention: for many queries to one shared prefix.
+        own_attention: for the tokens of each continuation to themselves.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        architecture: str,
+        prefix_attention: Attention = matmul_attention,
+        own_attention: Attention = matmul_attention,
+    ) -> None:
+        text = model.model.language_model
+        config = model.config.get_text_config()
+        self.prefix_attention = prefix_attention
+        self.own_attention = own_attention
+        self.embed = model.get_input_embeddings()
+        self.lm_head = model.lm_head
+        self.heads = config.num_attention_heads
+        self.groups = config.num_key_value_heads
+        self.head_size = text.layers[0].self_attn.head_dim
+        self.layers = [_layer(layer, architecture, config) for layer in text.layers]
+        self._act = text.layers[0].mlp.act_fn
+        self._norm = text.norm.weight
+        self._eps = config.rms_norm_eps
+        self._rotary = text.rotary_emb
+        self._text_only = architecture == "llava"
+        self._sections = (getattr(config, "rope_parameters", None) or {}).get("mrope_section", [])
+
+    def new_zeros(self, shape: Sequence[int]) -> torch.Tensor:
+        """Zeros of the model's dtype on its device."""
+        return self.layers[0].qkv.new_zeros(shape)
+
+    def prefill(
+        self,
+        embeds: torch.Tensor,
+        position_ids: torch.Tensor,
+        token_ids: Sequence[int],
+        deepstack: Sequence[torch.Tensor] = (),
+        image_places: torch.Tensor | None = None,
+        next_position: int = 0,
+        *,
+        hidden: bool = False,
+    ) -> tuple[Prefix, torch.Tensor | None]:
+        """Runs what comes first: chat header, image tokens, the beginning of the questions.
+
+        Args:
+            embeds: (R, P, C) embeddings, image tokens in place.
+            position_ids: (3, R, P) M-RoPE positions, or (R, P) where there is no M-RoPE.
+            token_ids: the P ids.
+            deepstack: (R, N, C) for each of the first layers, added at the image tokens after it.
+            image_places: (N,) places of the image tokens.
+            next_position: rotary position of what follows.
+            hidden: also compute the last layer's output.
+
+        Returns:
+            The prefix; and (R, P, C) normed last states, None unless asked for.
+        """
+        rows, length, _ = embeds.shape
+        cos, sin = self._turns(embeds, position_ids)
+        x = embeds.reshape(rows * length, -1)
+        keys, values = [], []
+        for depth, layer in enumerate(self.layers):
+            normed = self._normed(x, layer.norm)
+            if depth + 1 == len(self.layers) and not hidden:
+                _, key, value = self._project(layer, normed, None, rows, length, cos, sin)
+                keys.append(key)
+                values.append(value)
+                break
+            query, key, value = self._project(layer, normed, normed, rows, length, cos, sin)
+            keys.append(key)
+            values.append(value)
+            if layer.window is not None and length > layer.window:
+                seen = _within(torch.arange(length, device=x.device), length, layer.window)
+                attended, _ = matmul_attention(query, key, value, seen[None], True)
+            else:
+                attended = plain_attention(query, key, value, True)
+            x = self._finish(layer, x, attended.reshape(rows * length, -1))
+            if depth < len(deepstack):
+                x.view(rows, length, -1).index_add_(1, image_places, deepstack[depth].to(x.dtype))
+        prefix = Prefix(tuple(keys), tuple(values), tuple(token_ids), next_position)
+        return prefix, self._normed(x, self._norm).view(rows, length, -1) if hidden else None
+
+    def extend(
+        self,
+        ids: torch.Tensor,
+        prefix: Prefix,
+        own: Continuations,
+        rows: slice | torch.Tensor,
+        start: torch.Tensor | None = None,
+        held: int = 0,
+        keep: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
+        depth: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Runs new tokens of some continuations and stores their keys.
+
+        Args:
+            ids: (B, T) tokens; what pads a row on the right is never seen by what stands left of it.
+            prefix: shared, or with the B rows of these continuations.
+            own: where keys are stored.
+            rows: which rows of `own` these are; a slice where they follow one another.
+            start: (B,) tokens that each row holds already; None for the first pass, 0 in all rows.
+            held: the largest of them.
+            keep: (B, k) which of the T tokens are read; None reads all.
+            mask: (B, T, T) bool, which new tokens each new token sees, where it isn't all up to itself (a tree).
+            depth: (B, T) places of the new tokens counted from `start`, where they aren't 0 ... T - 1 (a tree).
+
+        Returns:
+            (B, k, C) normed last states.
+        """
+        count, length = ids.shape
+        first = start is None
+        steps = torch.arange(length, device=ids.device)
+        if start is None:
+            start = torch.zeros(count, dtype=torch.long, device=ids.device)
+        places = start[:, None] + steps
+        turned = steps[None] if first else start[:, None] + (steps if depth is None else depth)
+        cos, sin = self._text_turns(prefix.next_position + turned)
+        if not first:
+            span = length + held
+            own.reserve(span)
+            seen = self._seen(start, span, length, mask)
+        x = self.embed(ids).reshape(count * length, -1)
+        for number, layer in enumerate(self.layers):
+            normed = self._normed(x, layer.norm)
+            last = number + 1 == len(self.layers) and keep is not None
+            if last:
+                chosen = (torch.arange(count, device=ids.device)[:, None] * length + keep).flatten()
+                x = x[chosen]
+                query_cos, query_sin = (t.expand(count, -1, -1, -1).flatten(0, 1)[chosen] for t in (cos, sin))
+                turns = tuple(t.view(count, -1, *t.shape[1:]) for t in (query_cos, query_sin))
+                query, key, value = self._project(layer, normed, normed[chosen], count, length, cos, sin, turns)
+            else:
+                query, key, value = self._project(layer, normed, normed, count, length, cos, sin)
+            if first:
+                own.keys[number][rows, :length] = key
+                own.values[number][rows, :length] = value
+                visible = (steps[None, None] <= keep[..., None]) if last else None
+                ours = self.own_attention(query, key, value, visible, not last)
+            else:
+                at = torch.arange(len(own.keys[number]), device=ids.device)[rows] if isinstance(rows, slice) else rows
+                own.keys[number][at[:, None], places] = key
+                own.values[number][at[:, None], places] = value
+                visible = seen
+                if last:
+                    visible = seen.gather(1, keep[..., None].expand(-1, -1, seen.shape[-1]))
+                ours = self.own_attention(
+                    query, own.keys[number][rows, :span], own.values[number][rows, :span], visible, False
+                )
+            theirs = self._to_prefix(layer, query, prefix, number, (turned if not last else _kept(turned, keep)))
+            x = self._finish(layer, x, merge(ours, theirs).reshape(len(x), -1))
+        return self._normed(x, self._norm).view(count, -1, x.shape[-1])
+
+    def _to_prefix(
+        self, layer: Layer, query: torch.Tensor, prefix: Prefix, number: int, place: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Attention to the prefix; a shared one takes the queries of all rows as one long row."""
+        key, value = prefix.keys[number], prefix.values[number]
+        count, length, heads, size = query.shape
+        mask = None
+        if layer.window is not None and len(prefix.token_ids) + int(place.max()) + 1 > layer.window:
+            at = (len(prefix.token_ids) + place).expand(count, length)
+            mask = _within(at.flatten(), len(prefix.token_ids), layer.window).view(count, length, -1)
+        if prefix.rows > 1 or count == 1:
+            return self.own_attention(query, key, value, mask, False)
+        if mask is not None:
+            mask = mask.view(1, count * length, -1)
+        output, total = self.prefix_attention(query.reshape(1, count * length, heads, size), key, value, mask, False)
+        return output.reshape(count, length, heads, size), total.reshape(count, length, heads, 1)
+
+    def _seen(self, start: torch.Tensor, span: int, length: int, mask: torch.Tensor | None) -> torch.Tensor:
+        """(B, T, span) bool: the tokens that each row held before, and those new ones that each new one sees."""
+        slots = torch.arange(span, device=start.device)
+        if mask is None:
+            return slots <= (start[:, None] + torch.arange(length, device=start.device))[..., None]
+        before = (slots < start[:, None])[:, None].expand(-1, length, -1)
+        new = (slots - start[:, None]).clamp(0, length - 1)[:, None].expand(-1, length, -1)
+        inside = ((slots >= start[:, None]) & (slots < start[:, None] + length))[:, None]
+        return before | (mask.gather(2, new) & inside)
+
+    def _project(
+        self,
+        layer: Layer,
+        normed: torch.Tensor,
+        asked: torch.Tensor | None,
+        count: int,
+        length: int,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        turns: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Query (of `asked` tokens, None for none), key and value, normed and turned; (B, T, heads, D) each."""
+        split = self.heads * self.head_size
+        bias = layer.qkv_bias
+        if asked is normed:
+            both = F.linear(normed, layer.qkv, bias).view(count, length, -1, self.head_size)
+            query, key, value = both.split((self.heads, self.groups, self.groups), dim=2)
+        else:
+            query = None
+            if asked is not None:
+                query = F.linear(asked, layer.qkv[:split], None if bias is None else bias[:split])
+                query = query.view(count, -1, self.heads, self.head_size)
+            both = F.linear(normed, layer.qkv[split:], None if bias is None else bias[split:])
+            key, value = both.view(count, length, -1, self.head_size).split((self.groups, self.groups), dim=2)
+        if layer.k_norm is not None:
+            query = None if query is None else self._normed(query, layer.q_norm)
+            key = self._normed(key, layer.k_norm)
+        query = None if query is None else _turn(query, *(turns or (cos, sin)))
+        return query, _turn(key, cos, sin), value
+
+    def _finish(self, layer: Layer, x: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+        """Output projection and MLP, each added to the stream."""
+        x = (
+            torch.addmm(x, attended, layer.o.t())
+            if layer.o_bias is None
+            else x + F.linear(attended, layer.o, layer.o_bias)
+        )
+        gate, up = F.linear(self._normed(x, layer.mlp_norm), layer.gate_up).chunk(2, dim=-1)
+        return torch.addmm(x, self._act(gate).mul_(up), layer.down.t())
+
+    def _normed(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        if x.dtype == torch.float32:
+            return F.rms_norm(x, (x.shape[-1],), weight, self._eps)
+        # As these models do it: normed in float32, rounded, then scaled.
+        return weight * F.rms_norm(x.float(), (x.shape[-1],), None, self._eps).to(x.dtype)
+
+    def _turns(self, embeds: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines (R, P, 1, D) of the rotary positions."""
+        cos, sin = self._rotary(embeds, position_ids)
+        if cos.ndim == 4:
+            # transformers before 5.20 leaves putting Qwen2.5-VL's three sections together to the attention.
+            sections = [*self._sections, *self._sections]
+            cos, sin = (
+                torch.cat([part[i % 3] for i, part in enumerate(t.split(sections, dim=-1))], dim=-1) for t in (cos, sin)
+            )
+        return cos.unsqueeze(-2), sin.unsqueeze(-2)
+
+    def _text_turns(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`_turns` of text, whose three positions are one: (B, T) positions."""
+        ids = positions if self._text_only else positions.expand(3, *positions.shape)
+        return self._turns(self.layers[0].qkv.new_empty(()), ids)
+
+
+def _layer(layer: nn.Module, architecture: str, config: object) -> Layer:
+    attention, mlp = layer.self_attn, layer.mlp
+    qkv, qkv_bias = _stack(attention.q_proj, attention.k_proj, attention.v_proj)
+    gate_up, _ = _stack(mlp.gate_proj, mlp.up_proj)
+    new = architecture == "qwen3_vl"
+    window = None
+    if architecture == "qwen2_5_vl":
+        window = attention.sliding_window
+    elif architecture == "llava":
+        window = config.sliding_window
+    return Layer(
+        norm=layer.input_layernorm.weight,
+        qkv=qkv,
+        qkv_bias=qkv_bias,
+        q_norm=attention.q_norm.weight if new else None,
+        k_norm=attention.k_norm.weight if new else None,
+        o=attention.o_proj.weight,
+        o_bias=attention.o_proj.bias,
+        mlp_norm=layer.post_attention_layernorm.weight,
+        gate_up=gate_up,
+        down=mlp.down_proj.weight,
+        window=window,
+    )
+
+
+def _stack(*linears: nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Weights and biases side by side; the modules keep views of them, so that nothing is stored twice."""
+    weight = torch.cat([linear.weight.data for linear in linears])
+    bias = None if linears[0].bias is None else torch.cat([linear.bias.data for linear in linears])
+    at = 0
+    for linear in linears:
+        rows = slice(at, at + len(linear.weight))
+        linear.weight.data = weight[rows]
+        if bias is not None:
+            linear.bias.data = bias[rows]
+        at = rows.stop
+    return weight, bias
+
+
+def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding of (B, T, heads, D) by (B or 1, T, 1, D)."""
+    half = x.shape[-1] // 2
+    other = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
+    return torch.addcmul(x * cos, other, sin)
+
+
+def _within(at: torch.Tensor, keys: int, window: int) -> torch.Tensor:
+    """(len(at), keys) bool: keys that a sliding window lets a token at this place of the sequence see."""
+    return torch.arange(keys, device=at.device) > at[:, None] - window
+
+
+def _kept(turned: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+    return turned.expand(len(keep), -1).gather(1, keep)
