@@ -10,14 +10,26 @@ import pytest
 import torch
 
 from depthlm_ros.camera import Camera
-from depthlm_ros.prompts import answer_text, coordinates_question, marker_question
-from depthlm_training import data, dense, raycast
+from depthlm_ros.prompts import (
+    answer_text,
+    compact_answer,
+    compact_question,
+    compact_questions,
+    coordinates_question,
+    marker_question,
+    normalise_pixel,
+    parse_compact_points,
+)
+from depthlm_training import data, dense, raycast, sft
+from depthlm_training.demo import declare_compact
 from depthlm_training.dense import DenseStage, train_dense
+from depthlm_training.dialogue import IGNORED, Dialogue, ask
 from depthlm_training.model import DemoNet, Size, patchify
 from depthlm_training.optim import save_state
 from depthlm_training.raycast import BOX, CYLINDER, SPHERE, Pose, Scene, render
 from depthlm_training.scenes import random_pose, random_scene, render_drive
-from depthlm_training.sft import IGNORED, Dialogue, answer_states
+from depthlm_training.sft import answer_states, text_delta1, train_text
+from depthlm_training.stages import ALL_SIZES, WITH_COMPACT, TextStage
 from depthlm_training.vocabulary import build_tokenizer, save_processor
 
 CAMERA = Camera(fx=100, fy=100, cx=63.5, cy=47.5, width=128, height=96)
@@ -138,21 +150,75 @@ def test_digits_are_single_tokens_and_any_text_survives(tokenizer):
 
 def test_training_asks_exactly_what_the_chat_template_asks(tokenizer):
     dialogue = Dialogue(tokenizer)
-    for question in (coordinates_question(5, 1999), marker_question()):
+    for question in (coordinates_question(5, 1999), marker_question(), *compact_questions([(1, 2), (3, 4)], 2)):
         message = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
         whole = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
         assert whole.partition("<|image_pad|>")[2] == dialogue.prompt(question)
 
 
 def test_only_the_answer_is_supervised(tokenizer):
-    ids, labels, before = Dialogue(tokenizer).rows(
-        [marker_question(), coordinates_question(1, 2)], np.array([3.5, 12.25]), whole=True
-    )
-    said = [tokenizer.decode(row[row != IGNORED]) for row in labels]
+    questions = [marker_question(), coordinates_question(1, 2)]
+    rows = Dialogue(tokenizer).rows(questions, np.array([3.5, 12.25]), True, "coordinates")
+    said = [tokenizer.decode(row[row != IGNORED]) for row in rows.labels]
     assert said == [answer_text(3.5) + "<|im_end|>", answer_text(12.25) + "<|im_end|>"]
-    assert [tokenizer.decode(row[: at + 1])[-25:] for row, at in zip(ids, before, strict=True)] == [
+    assert [tokenizer.decode(row[: at + 1])[-25:] for row, at in zip(rows.ids, rows.before, strict=True)] == [
         "<think> The point is around "[-25:]
     ] * 2
+    assert rows.row.tolist() == [0, 1] and rows.shared == []
+
+
+@pytest.mark.parametrize("each", [1, 2, 3])
+def test_each_number_of_a_compact_answer_has_its_state_and_its_place(tokenizer, each):
+    dialogue, depths = Dialogue(tokenizer), np.array([3.5, 12.25, 0.07, 101.0, 5.0, 6.0])
+    pixels = [(1, 2), (999, 0), (500, 500), (7, 8), (9, 10), (123, 456)]
+    questions = compact_questions(pixels, each)
+    rows = dialogue.rows(questions, depths, False, "compact", each)
+    whole = [tokenizer.decode(rows.shared + row.tolist()) for row in rows.ids]
+    for i, question in enumerate(questions):
+        answer = compact_answer(depths[i * each : (i + 1) * each])
+        assert whole[i].startswith(dialogue.prompt(question) + answer + "<|im_end|>")
+        assert tokenizer.decode(rows.labels[i][rows.labels[i] != IGNORED]) == answer + "<|im_end|>"
+    for depth_m, row, before in zip(depths, rows.row, rows.before, strict=True):
+        assert tokenizer.decode(rows.ids[row, before + 1 :]).startswith(f"{depth_m:.2f}")
+    # What is the same in every question is run once for each image and not once for each row.
+    assert tokenizer.decode(rows.shared).endswith("at coordinates in [0, 1000): ")
+    assert tokenizer.decode(rows.ids[0]).startswith("001,002")
+
+
+@pytest.mark.parametrize(("dialect", "each"), [("coordinates", 1), ("marker", 1), ("compact", 1), ("compact", 3)])
+def test_a_drilled_place_is_read_where_its_last_digit_has_been_seen(tokenizer, dialect, each):
+    ids, row, ends, shares = Dialogue(tokenizer).drill(12, dialect, each, np.random.default_rng(0))
+    assert len(row) == len(ends) == len(shares) == 12 and len(ids) == 12 // each
+    for at, end, share in zip(row, ends, shares, strict=True):
+        text = tokenizer.decode(ids[at, :end])
+        if dialect == "compact":
+            assert text.endswith("{:03.0f},{:03.0f}".format(*(1000 * share)))
+        else:
+            assert text.endswith("({:.0f}, {:.0f}".format(*(2000 * share)))
+
+
+def test_a_stage_asks_in_turns_and_names_the_pixels_it_reads_depth_at(bank):
+    stage = replace(WITH_COMPACT, images=2, marked=2, questions=4, points=12)
+    seen = [ask(bank, stage, 0, step) for step in range(24)]
+    assert [asked.dialect for asked in seen[:4]] == ["compact", "coordinates", "compact", "marker"]
+    assert {asked.each for asked in seen if asked.dialect == "compact"} == {1, 2, 3, 4}
+    for asked in seen:
+        assert len(asked.questions) * asked.each == len(asked.points) == len(asked.image_of)
+        assert np.isfinite(asked.read(asked.depths)).all()
+        height, width = asked.depths.shape[1:]
+        if asked.dialect == "compact":
+            pixels = normalise_pixel(asked.points, width, height, 1000).tolist()
+            assert asked.questions == compact_questions(pixels, asked.each)
+    again = ask(bank, stage, 0, 5)
+    assert again.questions == seen[5].questions and torch.equal(again.images, seen[5].images)
+
+
+def test_earlier_stages_ask_what_they_asked_before_there_was_a_compact_dialect(bank):
+    assert [ask(bank, TextStage(images=1, marked=1), 0, step).dialect for step in range(3)] == [
+        "coordinates", "coordinates", "marker",
+    ]  # fmt: skip
+    first = ask(bank, replace(ALL_SIZES, images=1, questions=2), 100, 0)
+    assert first.dialect == "coordinates" and first.each == 1 and len(first.questions) == 2
 
 
 def test_rows_that_share_a_prefix_see_what_each_question_sees_alone(net, tokenizer):
@@ -160,12 +226,25 @@ def test_rows_that_share_a_prefix_see_what_each_question_sees_alone(net, tokeniz
     rng = np.random.default_rng(0)
     image = rng.integers(0, 255, (1, 64, 96, 3), dtype=np.uint8)
     questions = [coordinates_question(7, 1500), coordinates_question(1234, 3), coordinates_question(600, 600)]
-    ids, labels, _ = Dialogue(tokenizer).rows(questions, np.array([1.0, 2.0, 13.5]), whole=True)
+    _rows_equal_stock(net, image, Dialogue(tokenizer).rows(questions, np.array([1.0, 2.0, 13.5]), True, "coordinates"))
+
+
+@pytest.mark.parametrize("each", [1, 3])
+def test_compact_rows_see_what_each_question_sees_alone(net, tokenizer, each):
+    image = np.random.default_rng(0).integers(0, 255, (1, 64, 96, 3), dtype=np.uint8)
+    questions = compact_questions([(7, 500), (123, 3), (600, 600)] * each, each)
+    depths = np.array([1.0, 2.0, 13.5] * each)
+    _rows_equal_stock(net, image, Dialogue(tokenizer).rows(questions, depths, True, "compact", each))
+
+
+def _rows_equal_stock(net, image, rows):
     with torch.no_grad():
-        shared = net.vlm.lm_head(answer_states(net, net.encode(torch.from_numpy(image)), ids)[0])
+        encoded = net.encode(torch.from_numpy(image))
+        shared = net.vlm.lm_head(answer_states(net, encoded, rows.ids, rows.shared)[0])
         for i in range(3):
-            length = int((labels[i] != IGNORED).nonzero().max()) + 1
-            whole = torch.tensor([net.header + [net.vlm.config.image_token_id] * 6 + ids[i, :length].tolist()])
+            length = int((rows.labels[i] != IGNORED).nonzero().max()) + 1
+            before = net.header + [net.vlm.config.image_token_id] * 6 + rows.shared
+            whole = torch.tensor([before + rows.ids[i, :length].tolist()])
             stock = net.vlm(
                 input_ids=whole,
                 pixel_values=patchify(torch.from_numpy(image)),
@@ -221,3 +300,69 @@ def test_augmentation_keeps_depth_beside_its_pixel(bank):
         known = np.isfinite(deep)
         assert np.corrcoef(out[..., 1][known].astype(float), deep[known])[0, 1] > 0.97
         assert out.shape == (192, 256, 3) and deep.shape == (192, 256)
+
+
+def test_a_stage_with_compact_runs_resumes_and_ends_with_the_same_weights(tokenizer, bank, tmp_path, monkeypatch):
+    stage = replace(WITH_COMPACT, steps=4, images=1, marked=2, questions=2, points=12, drill=12, save_every=2)
+    monkeypatch.setattr(sft, "text_delta1", lambda *_: 0.0)
+    monkeypatch.setattr(sft, "dense_delta1", lambda *_: 0.0)
+    (tmp_path / "cut").mkdir()
+
+    def train(folder):
+        net = DemoNet(tokenizer, TINY, seed=3)
+        train_text(net, tokenizer, bank, stage, tmp_path / folder, seed=0)
+        return net.state_dict()
+
+    def save_and_keep(path, module, optimizer, step):
+        save_state(path, module, optimizer, step)
+        if step == 2:
+            (tmp_path / "cut" / path.name).write_bytes(path.read_bytes())
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sft, "save_state", save_and_keep)
+        whole = train("whole")
+    resumed = train("cut")
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    row = json.loads((tmp_path / "cut" / "compact.jsonl").read_text())
+    assert row["step"] == 4 and {"compact", "coordinates", "marker", "dense"} <= row.keys()
+
+
+def test_a_network_that_is_taught_one_number_says_it(tokenizer, bank):
+    """Greedy reading in training finds bare numbers: a net that has learnt nothing but 2.50 scores as 2.50 does."""
+    net, dialogue = DemoNet(tokenizer, TINY, seed=3), Dialogue(tokenizer)
+    rows = dialogue.rows([compact_question(5, 5)], np.array([2.5]), True, "compact")
+    optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3)
+    image = torch.zeros(1, 64, 96, 3, dtype=torch.uint8)
+    for _ in range(40):
+        states, _ = answer_states(net, net.encode(image), rows.ids, rows.shared)
+        supervised = rows.labels[:, 1:] != IGNORED
+        logits = net.vlm.lm_head(states[:, :-1][supervised])
+        torch.nn.functional.cross_entropy(logits, rows.labels[:, 1:][supervised]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    rng, truth = np.random.default_rng(5), []
+    for i in range(len(bank) - data.MONITOR, len(bank) - data.MONITOR + 8):
+        depth = bank[i][1][:, 16:272].astype(np.float32)
+        points = sft.pick_points(depth, 4, rng, margin=5)
+        truth.append(depth[points[:, 1], points[:, 0]])
+    ratio = 2.5 / np.concatenate(truth)
+    expected = (np.maximum(ratio, 1 / ratio) < 1.25).mean()
+    assert text_delta1(net, dialogue, bank, "compact", scenes=8) == pytest.approx(expected) and expected > 0
+
+
+def test_a_compact_answer_as_trained_is_what_the_parser_reads(tokenizer):
+    rows = Dialogue(tokenizer).rows(compact_questions([(1, 2), (3, 4)], 2), np.array([3.456, 12.0]), True, "compact", 2)
+    text = tokenizer.decode(rows.labels[0][rows.labels[0] != IGNORED], skip_special_tokens=True)
+    assert parse_compact_points(text, 2) == (3.46, 12.0)
+
+
+def test_the_card_learns_of_the_dialect_once(tmp_path):
+    shipped = "name: demo\ndialects: [dense, coordinates, marker]\ncoordinate_range: 2000\nmax_new_tokens: 48\n"
+    card = tmp_path / "demo.yaml"
+    card.write_text(shipped)
+    for _ in range(2):
+        declare_compact(card, 4)
+        assert card.read_text() == (
+            "name: demo\ndialects: [dense, coordinates, marker, compact]\ncoordinate_range: 2000\n"
+            "points_per_question: 4\nmax_new_tokens: 48\n"
+        )

@@ -1,8 +1,9 @@
-"""Makes `models/demo` again, from nothing: scenes, three stages, scores, card. One command:
+"""Makes `models/demo` again, from nothing: scenes, four stages, scores, card. One command:
 
     python -m depthlm_training.demo --run runs/demo --out models/demo
 
-Interrupted, the same command goes on where it stopped. `--smoke` runs every stage for a few steps, to see it work.
+Interrupted, the same command goes on where it stopped; a run folder that holds the states of the first stages only goes
+on with the next. `--smoke` runs every stage for a few steps, to see it work.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import re
 import time
 from dataclasses import asdict, dataclass, replace
 from datetime import date
@@ -22,7 +24,8 @@ from depthlm_training.dense import DenseStage, train_dense
 from depthlm_training.model import DemoNet
 from depthlm_training.optim import load_state
 from depthlm_training.score import MARKER_POINTS, POINTS, SCENES, score
-from depthlm_training.sft import ALL_SIZES, TextStage, train_text
+from depthlm_training.sft import train_text
+from depthlm_training.stages import ALL_SIZES, WITH_COMPACT, TextStage
 from depthlm_training.vocabulary import build_tokenizer, save_processor
 
 
@@ -35,14 +38,16 @@ class Recipe:
     dense: DenseStage = DenseStage()
     text: TextStage = TextStage()
     sizes: TextStage = ALL_SIZES
+    compact: TextStage = WITH_COMPACT
 
 
-_FEW = {"steps": 4, "images": 2, "questions": 4, "marked": 2, "save_every": 4}
+_FEW = {"steps": 4, "images": 2, "questions": 4, "marked": 2, "points": 12, "save_every": 4}
 SMOKE = Recipe(
     scenes=SHARD,
     dense=replace(DenseStage(), steps=4, batch=4, save_every=2),
     text=replace(TextStage(), **_FEW),
     sizes=replace(ALL_SIZES, **_FEW),
+    compact=replace(WITH_COMPACT, **_FEW),
 )
 
 
@@ -59,9 +64,10 @@ def make(recipe: Recipe, run: Path, out: Path) -> None:
     train_dense(net, bank, recipe.dense, run, recipe.seed)
     load_state(run / "dense.safetensors", net)
     train_text(net, tokenizer, bank, recipe.text, run, recipe.seed)
-    train_text(
-        net, tokenizer, bank, recipe.sizes, run, recipe.seed + 100, start=run / f"{recipe.text.name}.safetensors"
-    )
+    earlier = recipe.text
+    for seed, stage in ((recipe.seed + 100, recipe.sizes), (recipe.seed + 200, recipe.compact)):
+        train_text(net, tokenizer, bank, stage, run, seed, start=run / f"{earlier.name}.safetensors")
+        earlier = stage
     net.save(out)
     save_processor(out, tokenizer)
 
@@ -89,8 +95,9 @@ A Qwen3-VL in small ({parameters:.1f}M parameters with its dense depth head, bfl
 images which this project renders itself. **It is a demonstration, not for robots**: it has seen rendered rooms,
 corridors and streets and no photograph.
 
-It speaks three dialects: `dense` (the default; one forward pass, one depth a pixel), `coordinates` and `marker`
-(answers in text). Images are brought to a focal length of 200 px (policy `exact`).
+It speaks four dialects: `dense` (the default; one forward pass, one depth a pixel), `coordinates`, `marker` and
+`compact` (answers in text; `compact` in the fewest tokens, and about up to {each} points a question). Images are
+brought to a focal length of 200 px (policy `exact`).
 
 ## Scores
 
@@ -111,7 +118,8 @@ Seed {recipe.seed}; {recipe.scenes} rendered scenes. Stage 1 (dense): {recipe.de
 images, {dense_minutes:.0f} minutes. Stage 2 (text): {recipe.text.steps} steps of {recipe.text.images} images with
 {recipe.text.questions} questions each, every third step {recipe.text.marked} marked images with one question each
 instead, {text_minutes:.0f} minutes. Stage 3 (all image sizes): {recipe.sizes.steps} steps, every second one of marked
-images, {sizes_minutes:.0f} minutes. Machine: {machine}.
+images, {sizes_minutes:.0f} minutes. Stage 4 (compact): {recipe.compact.steps} steps, every second one compact with
+{recipe.compact.points} points an image, the others as in stage 3, {compact_minutes:.0f} minutes. Machine: {machine}.
 It did other work at the same time, so the minutes are an upper bound.
 `python -m depthlm_training.score models/demo` measures the table again.
 """
@@ -123,7 +131,9 @@ def write_card(recipe: Recipe, run: Path, out: Path, figures: dict) -> None:
     """Writes what was measured: the folder's README (for people), `scores.json`, the scores of its YAML card."""
     columns = ("delta1", "low", "high", "above_baselines", "abs_rel", "rmse_m", "answered", "asked")
     rows = []
-    for name, scores in figures["dialects"].items():
+    several = figures["several_points"]
+    named = figures["dialects"] | {f"compact, {several['points_per_question']} points a question": several}
+    for name, scores in named.items():
         scores = dict(zip(("low", "high"), scores["delta1_95"], strict=True)) | scores
         rows.append(ROW.format(name, *(scores[column] for column in columns)))
     card = CARD.format(
@@ -138,6 +148,8 @@ def write_card(recipe: Recipe, run: Path, out: Path, figures: dict) -> None:
         dense_minutes=seconds_spent(run / "dense.jsonl") / 60,
         text_minutes=seconds_spent(run / "text.jsonl") / 60,
         sizes_minutes=seconds_spent(run / "sizes.jsonl") / 60,
+        compact_minutes=seconds_spent(run / "compact.jsonl") / 60,
+        each=max(recipe.compact.each),
         machine=f"{platform.machine()}, {torch.get_num_threads()} cores, no GPU, torch {torch.__version__}",
     )
     (out / "README.md").write_text(card, encoding="utf-8")
@@ -150,6 +162,15 @@ def write_card(recipe: Recipe, run: Path, out: Path, figures: dict) -> None:
         for_program.write_text("\n".join([head, "scores:", *lines, source]) + "\n", encoding="utf-8")
 
 
+def declare_compact(card: Path, each: int) -> None:
+    """Writes into the card for the program that the model speaks the compact dialect; what it says already stays."""
+    text = card.read_text(encoding="utf-8")
+    if not re.search(r"^dialects:.*\bcompact\b", text, re.MULTILINE):
+        text = re.sub(r"^(dialects: \[.*)\]$", r"\1, compact]", text, flags=re.MULTILINE)
+        text = re.sub(r"^(coordinate_range:.*)$", rf"\1\npoints_per_question: {each}", text, flags=re.MULTILINE)
+        card.write_text(text, encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Makes the demonstration model again, from nothing.")
     parser.add_argument("--run", type=Path, default=Path("runs/demo"), help="scenes, states, course of training")
@@ -160,6 +181,8 @@ def main() -> None:
     began = time.time()
     make(recipe, args.run, args.out)
     if not args.smoke:
+        if args.out.with_suffix(".yaml").exists():
+            declare_compact(args.out.with_suffix(".yaml"), max(recipe.compact.each))
         write_card(recipe, args.run, args.out, score(str(args.out), recipe.seed))
     print(f"wrote {args.out} in {(time.time() - began) / 60:.0f} minutes")
 

@@ -87,26 +87,35 @@ def score(model: str, seed: int = 0) -> dict:
     with Estimator.load(model) as estimator:
         result["parameters"] = estimator.engine.info.parameters
         for dialect in estimator.dialects:
-            count = MARKER_POINTS if dialect == "marker" else POINTS
-            guesses, truth, groups = [], [], []
-            for i, scene in enumerate(tqdm(scenes, desc=dialect, unit="scene")):
-                answer = estimator.estimate(scene.image, scene.camera, scene.pixels[:count], dialect=dialect)
-                guesses.append(answer.depth_m[answer.asked])
-                truth.append(scene.truth_m[:count][answer.asked])
-                groups.append(np.full(int(answer.asked.sum()), i))
-            guess, true, group = (np.concatenate(x) for x in (guesses, truth, groups))
-            metrics = depth_metrics(guess, true)
-            low, high = delta1_interval(guess, true, group)
-            result["dialects"][dialect] = {
-                "delta1": metrics.delta1,
-                "delta1_95": [low, high],
-                "abs_rel": metrics.abs_rel,
-                "rmse_m": metrics.rmse,
-                "answered": metrics.answered,
-                "asked": metrics.total,
-                "above_baselines": metrics.delta1 - max(figures["best_constant"], figures["row_mean"]),
-            }
+            result["dialects"][dialect] = _score(estimator, scenes, dialect, figures)
+        each = estimator.card.points_per_question
+        if "compact" in estimator.dialects and each > 1:
+            several = _score(estimator, scenes, "compact", figures, each)
+            result["several_points"] = {"points_per_question": each} | several
     return result
+
+
+def _score(estimator: Estimator, scenes: list[HeldOut], dialect: str, figures: dict[str, float], each: int = 1) -> dict:
+    count = MARKER_POINTS if dialect == "marker" else POINTS
+    guesses, truth, groups = [], [], []
+    for i, scene in enumerate(tqdm(scenes, desc=dialect if each == 1 else f"{dialect}, {each} points", unit="scene")):
+        pixels = scene.pixels[:count]
+        answer = estimator.estimate(scene.image, scene.camera, pixels, dialect=dialect, points_per_question=each)
+        guesses.append(answer.depth_m[answer.asked])
+        truth.append(scene.truth_m[:count][answer.asked])
+        groups.append(np.full(int(answer.asked.sum()), i))
+    guess, true, group = (np.concatenate(x) for x in (guesses, truth, groups))
+    metrics = depth_metrics(guess, true)
+    low, high = delta1_interval(guess, true, group)
+    return {
+        "delta1": metrics.delta1,
+        "delta1_95": [low, high],
+        "abs_rel": metrics.abs_rel,
+        "rmse_m": metrics.rmse,
+        "answered": metrics.answered,
+        "asked": metrics.total,
+        "above_baselines": metrics.delta1 - max(figures["best_constant"], figures["row_mean"]),
+    }
 
 
 def main() -> None:

@@ -61,7 +61,11 @@ WORDS = (
 
 
 def corpus() -> list[str]:
-    """Every sentence that the dialects are made of, with the seams where tokens end."""
+    """Every sentence that the published dialects are made of, with the seams where tokens end.
+
+    The compact dialect's is made of pieces of them; it was added to a model whose tokenizer could no longer change, and
+    what differs between its questions is digits and separators, which are tokens of their own.
+    """
     texts = [
         marker_question(),
         coordinates_question(1, 1),
