@@ -88,9 +88,8 @@ def test_the_map_reads_the_stock_models_last_states_at_the_image(request, archit
 def test_a_map_costs_one_pass_and_no_language_head(qwen3_vl_checkpoint):
     engine = TransformersEngine.load(qwen3_vl_checkpoint)
     lengths, heads = [], []
-    engine.model.model.language_model.register_forward_pre_hook(
-        lambda module, args, kwargs: lengths.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
-    )
+    prefill = engine._decoder.prefill
+    engine._decoder.prefill = lambda embeds, *args, **kw: lengths.append(embeds.shape[1]) or prefill(embeds, *args, **kw)
     engine.model.lm_head.register_forward_pre_hook(lambda module, args: heads.append(1))
     image = noise(96, 128)
     engine.depth_map(image, "a long question that would cost a lot to read")

@@ -22,7 +22,6 @@ from golden_depthvlm import (
     write_golden,
 )
 
-from depthlm_ros.engines.batches import Batch
 from depthlm_ros.engines.transformers_engine import TransformersEngine
 
 DEPTH_TOLERANCE, LOGIT_TOLERANCE = 1e-4, 1e-3
@@ -62,21 +61,23 @@ def test_the_prompt_is_the_golden_one(golden):
     assert golden.engine.processor.prompts([question], golden.inputs.grid_hw) == [golden.ids]
 
 
+def both_paths(engine):
+    return engine, TransformersEngine(engine.model, engine.processor, engine.info, plain=True)
+
+
 @pytest.mark.parametrize("asked", [1, 3, 6])
 @torch.inference_mode()
 def test_prefill_and_decode_give_the_original_programs_scores(golden, asked):
     split = max(len(golden.ids) - asked, golden.end)
-    prefix = golden.engine.prefill(golden.ids[:split], golden.inputs)
-    logits = golden.engine.next_logits(Batch(prefix, [golden.ids[split:]], torch.device("cpu")))
-    np.testing.assert_allclose(logits[0], golden.arrays["logits"], rtol=0, atol=LOGIT_TOLERANCE)
+    for engine in both_paths(golden.engine):
+        logits = engine.next_logits(golden.ids, split, golden.inputs)
+        np.testing.assert_allclose(logits[0], golden.arrays["logits"], rtol=0, atol=LOGIT_TOLERANCE)
 
 
 @torch.inference_mode()
 def test_every_position_after_the_image_gets_the_original_programs_scores(golden):
-    first = golden.end
-    prefix = golden.engine.prefill(golden.ids[:first], golden.inputs)
-    for last in range(first, len(golden.ids)):
-        logits = golden.engine.next_logits(Batch(prefix, [golden.ids[first : last + 1]], torch.device("cpu")))
+    for last in range(golden.end, len(golden.ids)):
+        logits = golden.engine.next_logits(golden.ids[: last + 1], golden.end, golden.inputs)
         # The file holds all positions in float16.
         np.testing.assert_allclose(logits[0], golden.arrays["last_hidden_logits"][last], rtol=2e-3, atol=2e-3)
 
@@ -132,9 +133,7 @@ def test_other_models_and_batches_give_the_original_programs_numbers(name):
         inputs = drawn_inputs(row, thw)
         depth = engine.depth_of(ids, inputs)
         np.testing.assert_allclose(depth, arrays[f"{name}.depth{row}"], rtol=DEPTH_TOLERANCE, atol=0)
-        with torch.inference_mode():
-            prefix = engine.prefill(ids[:-2], inputs)
-            logits = engine.next_logits(Batch(prefix, [ids[-2:]], torch.device("cpu")))
+        logits = engine.next_logits(ids, len(ids) - 2, inputs)
         np.testing.assert_allclose(logits[0], arrays[f"{name}.logits"][row], rtol=0, atol=LOGIT_TOLERANCE)
 
 

@@ -18,7 +18,7 @@ from transformers import DynamicCache, PreTrainedModel
 from depthlm_ros.engines.answering import Answering, Work
 from depthlm_ros.engines.answers import AnswerReader
 from depthlm_ros.engines.base import Answer, EngineInfo, ImageGrid
-from depthlm_ros.engines.batches import PlainPrefix, shared_length
+from depthlm_ros.engines.batches import Batch, PlainPrefix, shared_length
 from depthlm_ros.engines.cascade import Attention, backends
 from depthlm_ros.engines.checkpoint import Checkpoint, open_checkpoint
 from depthlm_ros.engines.decoder import Decoder, Prefix
@@ -298,6 +298,24 @@ class TransformersEngine:
         frame, cache = self._compose(ids, inputs), DynamicCache()
         self._plain.forward(frame.embeds, frame.position_ids, frame.deepstack, frame.is_image, cache)
         return PlainPrefix(cache, tuple(ids), frame.next_position)
+
+    @torch.inference_mode()
+    def next_logits(self, ids: Sequence[int], split: int, *inputs: ImageInputs) -> torch.Tensor:
+        """(R, V) float32 scores of the token that follows whole prompts, for comparing paths with one another.
+
+        Args:
+            ids: the whole prompt, the same for each row.
+            split: how much of it is prefilled; the rest is a question's own.
+            inputs: as in `prefill`.
+        """
+        rest = [ids[split:]] * inputs[0].count
+        if self._answering is None:
+            prefix = self.plain_prefill(ids[:split], *inputs)
+            return self._plain.next_logits(Batch(prefix, rest, self._device))
+        own = self._answering.room(len(rest), len(rest[0]))
+        prefix = self.prefill(ids[:split], *inputs)
+        hidden = self._decoder.extend(torch.tensor(rest, device=self._device), prefix, own, slice(0, len(rest)))
+        return self._answering.scored(hidden, None, None)[:, -1]
 
     def warm_up(self, width: int, height: int) -> None:
         """Runs once at this size, so that the first frame doesn't pay for what is set up lazily."""
