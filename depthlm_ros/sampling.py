@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import math
 
+import cv2
 import numpy as np
 
-from depthlm_ros.errors import ConfigError, PixelError, unknown_choice
+from depthlm_ros.errors import ConfigError, ImageError, PixelError, unknown_choice
 
-METHODS = ("grid", "random", "blue_noise")
+METHODS = ("grid", "random", "blue_noise", "edges")
 
 # Cells of a grid may be this much longer than wide before rows of unequal length are the better choice.
 _CELL_ASPECT = 1.5
@@ -25,6 +26,25 @@ _R2 = (1 / _PLASTIC, 1 / _PLASTIC**2)
 # neighbours apart.
 _JITTER = 0.2
 
+# Share of the points of `edges` that is spread evenly over the area whatever the image shows: what has no contrast
+# may still have depth.
+EVEN_SHARE = 0.5
+# Edges are looked for in the image shrunk to about this many pixels along its longer side: outlines of things survive
+# that, sensor noise and fine texture don't, and it is quick.
+_EDGE_SIDE = 320
+# The band beside an edge, in pixels of the shrunk image: nearer, the pixel shows both sides and its depth is
+# ambiguous; farther, it says nothing about where the depth jumps.
+_BAND = (1.5, 5.0)
+# How much of the mean contrast around a pixel is taken off its own, so that texture counts less than outlines
+# (surround suppression: Grigorescu et al., "Contour detection based on nonclassical receptive field inhibition", 2003).
+_SURROUND, _SURROUND_PX = 1.0, 31
+# Thresholds of Canny's edges, in units of a 3x3 Sobel on 8-bit values: an edge of 15 grey levels begins a line, one of
+# 8 continues it.
+_WEAK, _STRONG = 32, 60
+# Never more points than this beside an edge, in units of an even spread: a picture with one short edge is not to have
+# half of its points there.
+_MOST_DENSE = 8.0
+
 
 def sample_pixels(
     width: int,
@@ -34,6 +54,7 @@ def sample_pixels(
     seed: int = 0,
     margin_px: int = 0,
     region: tuple[int, int, int, int] | None = None,
+    image: np.ndarray | None = None,
 ) -> np.ndarray:
     """Chooses the pixels to ask.
 
@@ -46,6 +67,9 @@ def sample_pixels(
         random: uniform without replacement.
         blue_noise: even but irregular: the R2 sequence, shifted and jittered by the seed. Every prefix is even
             too, so an answer that is cut short still covers the image.
+        edges: blue noise that is denser beside the image's edges, on both of their sides and never on them, since
+            depth jumps there and a pixel on the edge itself shows both sides. Half of the points keep to the even
+            spread. Every prefix follows the same density.
 
     Args:
         width: image width in pixels.
@@ -55,6 +79,7 @@ def sample_pixels(
         seed: of the random methods; the same seed gives the same pixels.
         margin_px: pixels to keep clear along each border of the image.
         region: `(u, v, width, height)` inside the image, as in `sensor_msgs/RegionOfInterest`; None = all of it.
+        image: (height, width, 3) uint8 RGB; only `edges` looks at it and can't do without.
 
     Returns:
         (N, 2) float32 `(u, v)`, integer-valued, unique.
@@ -62,6 +87,7 @@ def sample_pixels(
     Raises:
         PixelError: nothing to choose from: the region lies outside the image or the margin leaves nothing.
         ConfigError: an unknown method, a count below 1, a negative margin or seed.
+        ImageError: `edges` without an image of this size.
     """
     if method not in METHODS:
         raise ConfigError(unknown_choice("sampling method", method, METHODS))
@@ -70,6 +96,12 @@ def sample_pixels(
     if margin_px < 0 or seed < 0:
         raise ConfigError(f"margin_px is {margin_px} and seed is {seed}; neither may be negative")
     left, top, columns, rows = _area(width, height, margin_px, region)
+    if method == "edges":
+        if image is None or image.shape[:2] != (height, width):
+            seen = "no image" if image is None else f"an image of {image.shape[1]}x{image.shape[0]}"
+            raise ImageError(f"sampling by edges got {seen}; pass the {width}x{height} image whose pixels are chosen")
+        density = edge_density(image)[top : top + rows, left : left + columns]
+        return density_pixels(density, count, seed) + np.array([left, top], np.float32)
     area = columns * rows
     if count >= area:
         cells = np.arange(area)
@@ -98,6 +130,88 @@ def stride_pixels(width: int, height: int, stride: int) -> np.ndarray:
     _area(width, height, 0, None)
     u, v = (np.arange(min(stride // 2, (size - 1) // 2), size, stride) for size in (width, height))
     return np.stack(np.meshgrid(u, v), axis=-1).reshape(-1, 2).astype(np.float32)
+
+
+def density_pixels(density: np.ndarray, count: int, seed: int = 0) -> np.ndarray:
+    """Pixels spread evenly within a density: blue noise with more of it where the density is higher.
+
+    A sequence whose every prefix is even is thinned: pixel number i of it stays where i is small against the density.
+    The first k numbers of the sequence are even for every k, so what stays is even at every density, and
+    ordering by i / density gives exactly `count` of them.
+
+    Args:
+        density: (H, W), not negative, in any unit; pixels of density 0 are taken only when there are no others.
+        count: how many pixels.
+        seed: of the sequence.
+
+    Returns:
+        (N, 2) float32 `(u, v)`, integer-valued, unique; N = count, or every pixel where there are fewer.
+
+    Raises:
+        ConfigError: a density that is negative or not finite.
+    """
+    density = np.asarray(density, np.float64)
+    rows, columns = density.shape
+    total = density.sum()
+    if not np.isfinite(total) or density.min() < 0:
+        raise ConfigError(f"the density goes from {density.min()} to {density.max()}; it must be finite, not negative")
+    flat = density.ravel()
+    cells = np.arange(0)
+    if total > 0 and count < flat.size:
+        # As long a sequence as the densest place needs to be full, and a tenth more for its unevenness.
+        most = math.ceil(count * flat.max() * flat.size / total * 1.1) + 64
+        cells = _blue_noise(columns, rows, min(most, flat.size), seed)
+        cells = cells[flat[cells] > 0]
+        late = (np.arange(len(cells)) + 0.5) / flat[cells]
+        cells = cells[np.argsort(late, kind="stable")][:count]
+    if len(cells) < min(count, flat.size):
+        free = np.setdiff1d(np.arange(flat.size), cells)
+        drawn = np.random.default_rng(seed).permutation(free)
+        # Those of some density before those of none.
+        drawn = drawn[np.argsort(flat[drawn] <= 0, kind="stable")]
+        cells = np.concatenate([cells, drawn[: count - len(cells)]])
+    v, u = np.divmod(cells, columns)
+    return np.stack([u, v], axis=1).astype(np.float32)
+
+
+def edge_density(image: np.ndarray) -> np.ndarray:
+    """How densely `edges` asks: even plus as much again in bands on both sides of the image's edges.
+
+    Args:
+        image: (H, W, 3) uint8 RGB.
+
+    Returns:
+        (H, W) float32, 0 on edges, mean about 1.
+    """
+    height, width = image.shape[:2]
+    shrink = min(1.0, _EDGE_SIDE / max(width, height))
+    size = max(1, round(width * shrink)), max(1, round(height * shrink))
+    small = cv2.GaussianBlur(cv2.resize(image, size, interpolation=cv2.INTER_AREA), (0, 0), 1.0)
+    across, down = (
+        _steepest(cv2.Sobel(small, cv2.CV_16S, 1, 0)),
+        _steepest(cv2.Sobel(small, cv2.CV_16S, 0, 1)),
+    )
+    contrast = cv2.magnitude(across.astype(np.float32), down.astype(np.float32))
+    strength = np.maximum(contrast - _SURROUND * cv2.blur(contrast, (_SURROUND_PX, _SURROUND_PX)), 0)
+    lines = (cv2.Canny(across, down, _WEAK, _STRONG, L2gradient=True) > 0) & (strength > 0)
+    away = cv2.distanceTransform((~lines).astype(np.uint8), cv2.DIST_L2, 3)
+    band = cv2.GaussianBlur(np.where(lines, np.sqrt(strength), 0).astype(np.float32), (0, 0), _BAND[1] / 2)
+    band[away < _BAND[0]] = 0
+    mean = float(band.mean())
+    density = np.full(band.shape, EVEN_SHARE, np.float32)
+    if mean > 0:
+        density += np.minimum(band * ((1 - EVEN_SHARE) / mean), _MOST_DENSE)
+    whole = cv2.resize(density, (width, height), interpolation=cv2.INTER_LINEAR)
+    whole[cv2.resize(away, (width, height), interpolation=cv2.INTER_LINEAR) < _BAND[0]] = 0
+    return whole
+
+
+def _steepest(slopes: np.ndarray) -> np.ndarray:
+    """(H, W) of (H, W, 3): of each pixel the channel's slope that is steepest, with its sign."""
+    red, green, blue = cv2.split(slopes)
+    high = cv2.max(cv2.max(red, green), blue)
+    low = cv2.min(cv2.min(red, green), blue)
+    return np.where(high > -low, high, low)
 
 
 def _area(
