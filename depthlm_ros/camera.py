@@ -15,6 +15,7 @@ import numpy as np
 
 from depthlm_ros.errors import CameraError, DistortionModelError, PixelError
 from depthlm_ros.lens import Distortion
+from depthlm_ros.remember import remember
 from depthlm_ros.unify import UnifiedView, sample_map, unify
 
 __all__ = ["Camera", "Distortion", "UnifiedView", "camera_from_info", "sample_map", "unify"]
@@ -96,6 +97,7 @@ class Camera:
         z = np.where(points[..., 2] > 0, points[..., 2], np.nan)
         return self.distortion.distort(points[..., :2] / z[..., None]) * (self.fx, self.fy) + (self.cx, self.cy)
 
+    @remember(8)
     def contains(self, pixels: np.ndarray) -> np.ndarray:
         """(...) bool: pixels (..., 2) that lie on the image's area; False for NaN."""
         pixels = _last_axis(pixels, 2, "pixels")

@@ -16,13 +16,14 @@ from types import TracebackType
 
 import numpy as np
 
-from depthlm_ros.camera import Camera, UnifiedView, sample_map, unify
+from depthlm_ros.camera import Camera, UnifiedView, unify
 from depthlm_ros.cards import ModelCard, load_card
 from depthlm_ros.config import POINTS_IN_WORDS
 from depthlm_ros.depth import DEPTH_KINDS, DepthResult, ZDepth
 from depthlm_ros.engines import load_engine
 from depthlm_ros.engines.base import Answer, Engine
 from depthlm_ros.errors import ConfigError, PixelError, unknown_choice
+from depthlm_ros.map_reading import MapReader, map_reader
 from depthlm_ros.markers import MARGIN_PX, draw_arrow, drawable
 from depthlm_ros.prompts import (
     LONGEST_NUMBER,
@@ -35,6 +36,7 @@ from depthlm_ros.prompts import (
     parse_depths,
 )
 from depthlm_ros.published import readout_pixels
+from depthlm_ros.remember import remember
 from depthlm_ros.sampling import sample_pixels, stride_pixels
 from depthlm_ros.unify import undistorted_pixels
 
@@ -126,6 +128,18 @@ class Estimator:
         speaks = f"speaks {', '.join(self.dialects)}; focal length {card.focal_px:g} px, policy {self.policy}"
         return f"{speaks}, answers are {kind}"
 
+    def prepare(self, image: np.ndarray, camera: Camera) -> UnifiedView:
+        """Makes what the model will see of an image, for `estimate`; may run in another thread beside it.
+
+        Args:
+            image: (H, W, 3) uint8 RGB.
+            camera: intrinsics of `image`.
+
+        Raises:
+            ImageError, CameraError: as `unify`.
+        """
+        return unify(image, camera, self.card.focal_px, self.policy, self.engine.grid, self.card.system)
+
     def estimate(
         self,
         image: np.ndarray,
@@ -137,6 +151,7 @@ class Estimator:
         readout: str = "exact",
         undrawable: str = "report",
         points_per_question: int = 1,
+        view: UnifiedView | None = None,
     ) -> DepthResult:
         """Measures z-depth at pixels of one image.
 
@@ -153,6 +168,7 @@ class Estimator:
                 direction, and says so in `shifted`.
             points_per_question: points that a question of the compact dialect asks about; the last one may have
                 fewer. An answer that can't be read loses all of its points. The other dialects ask about one.
+            view: what `prepare` made of this image and camera; None has it made here.
 
         Returns:
             A row for each pixel, in their order; pixels that the dialect can't refer to have `asked` False.
@@ -179,8 +195,10 @@ class Estimator:
                 camera.width, camera.height, POINTS_IN_WORDS)  # fmt: skip
         pixels = _checked_pixels(pixels, camera)
         clock = _Clock()
-        with clock("unify"):
-            view = unify(image, camera, self.card.focal_px, self.policy, self.engine.grid, self.card.system)
+        if view is None:
+            with clock("unify"):
+                view = self.prepare(image, camera)
+        with clock("geometry"):
             at = view.from_source(pixels)
             asked = view.inside(at)
             shifted = np.zeros(len(pixels), bool)
@@ -226,7 +244,7 @@ class Estimator:
             dialect: one of `dialects`; None takes the default.
         """
         dialect = self.card.require_dialect(dialect or self.default_dialect)
-        view = unify(image, camera, self.card.focal_px, self.policy, self.engine.grid, self.card.system)
+        view = self.prepare(image, camera)
         at = view.from_source(pixels)
         asked = camera.contains(pixels) & view.inside(at)
         return asked & drawable(np.rint(at), view.camera.width, view.camera.height) if dialect == "marker" else asked
@@ -263,21 +281,22 @@ class Estimator:
         with clock("model"):
             depth = self.engine.depth_map(view.image, dense_question())
         with clock("geometry"):
-            # A `published` view isn't of a size that the processor keeps; the map then has the processor's size.
-            gain = np.array([depth.shape[1] / view.camera.width, depth.shape[0] / view.camera.height])
-            place = (at + 0.5) * gain - 0.5 if on_map is None else on_map
-            metres = sample_map(depth, place)
-            if on_map is not None:
-                asked = asked & ((on_map >= 0) & (on_map < depth.shape[::-1])).all(axis=1)
-            confidence = 1 - _spread(depth, place)
+            map_size = depth.shape[1], depth.shape[0]
+            if on_map is None:
+                # A `published` view isn't of a size that the processor keeps; the map then has the processor's size.
+                reader = map_reader(at, (view.camera.width, view.camera.height), map_size)
+            else:
+                reader = MapReader(on_map, *map_size)
+                asked = asked & ((on_map >= 0) & (on_map < map_size)).all(axis=1)
+            metres, spread = reader.read_with_spread(depth)
+            confidence = 1 - spread
         progress(len(at))
         return metres, confidence, asked, ()
 
     def _coordinates(self, view: UnifiedView, at: np.ndarray, asked: np.ndarray, clock: _Clock, progress: Progress):
-        steps = self.card.coordinate_range
-        rows = np.flatnonzero(asked)
-        said = normalise_pixel(at[rows], view.camera.width, view.camera.height, steps)
-        questions = [coordinates_question(nx, ny, steps) for nx, ny in said.tolist()]
+        with clock("prompt"):
+            view_size = view.camera.width, view.camera.height
+            rows, questions = _coordinates_questions(at, asked, view_size, self.card.coordinate_range)
         with clock("model"):
             # The whole frame in one call: the image is encoded and its prefix prefilled once.
             answers = self.engine.answer_shared(view.image, questions, self.card.max_new_tokens) if questions else []
@@ -300,10 +319,9 @@ class Estimator:
     def _compact(
         self, view: UnifiedView, at: np.ndarray, asked: np.ndarray, clock: _Clock, progress: Progress, each: int
     ):
-        steps = self.card.compact_range
-        rows = np.flatnonzero(asked)
-        said = normalise_pixel(at[rows], view.camera.width, view.camera.height, steps)
-        questions = compact_questions(said.tolist(), each, steps)
+        with clock("prompt"):
+            view_size = view.camera.width, view.camera.height
+            rows, questions = _compact_questions(at, asked, view_size, self.card.compact_range, each)
         budget = max(self.card.max_new_tokens, each * LONGEST_NUMBER)
         with clock("model"):
             answers = self.engine.answer_shared(view.image, questions, budget) if questions else []
@@ -364,12 +382,38 @@ def _marker_places(
     return whole, (asked | shifted) & drawable(whole, width, height), shifted
 
 
+@remember(4)
+def _coordinates_questions(
+    at: np.ndarray, asked: np.ndarray, view_size: tuple[int, int], steps: int
+) -> tuple[np.ndarray, tuple[str, ...]]:
+    """The rows that are asked, and a question about each."""
+    rows = np.flatnonzero(asked)
+    said = normalise_pixel(at[rows], *view_size, steps)
+    return rows, tuple(coordinates_question(nx, ny, steps) for nx, ny in said.tolist())
+
+
+@remember(4)
+def _compact_questions(
+    at: np.ndarray, asked: np.ndarray, view_size: tuple[int, int], steps: int, each: int
+) -> tuple[np.ndarray, tuple[str, ...]]:
+    """The rows that are asked, and the questions about `each` of them."""
+    rows = np.flatnonzero(asked)
+    said = normalise_pixel(at[rows], *view_size, steps)
+    return rows, tuple(compact_questions(said.tolist(), each, steps))
+
+
+@remember(4)
+def _pixel_rays(camera: Camera, pixels: np.ndarray) -> np.ndarray:
+    return camera.rays(pixels)
+
+
 def _rays(
     camera: Camera, view: UnifiedView, pixels: np.ndarray, at: np.ndarray, shifted: np.ndarray
 ) -> np.ndarray:
     """(N, 3) rays along which distances were measured: of the pixels that were marked where they aren't the asked."""
-    rays = camera.rays(pixels)
+    rays = _pixel_rays(camera, pixels)
     if shifted.any():
+        rays = rays.copy()
         rays[shifted] = view.camera.rays(at[shifted])
     return rays
 
@@ -395,14 +439,3 @@ def _checked_pixels(pixels: np.ndarray, camera: Camera) -> np.ndarray:
             f"{len(pixels)} are; leave them out"
         )
     return pixels
-
-
-def _spread(depth: np.ndarray, place: np.ndarray) -> np.ndarray:
-    """(N,) relative spread, in [0, 1], of the four map values around each place."""
-    height, width = depth.shape
-    low = np.floor(np.nan_to_num(place)).astype(np.intp)
-    u = np.clip(np.stack([low[:, 0], low[:, 0] + 1]), 0, width - 1)
-    v = np.clip(np.stack([low[:, 1], low[:, 1] + 1]), 0, height - 1)
-    around = depth[v[:, None], u[None, :]].reshape(4, -1)
-    most = around.max(0)
-    return np.clip((most - around.min(0)) / most, 0, 1)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 
 from depthlm_ros.config import POINTS_IN_WORDS, Parameters
 from depthlm_ros.depth import DepthResult
+from depthlm_ros.remember import fixed
 from depthlm_ros.sampling import sample_pixels, stride_pixels
 
 
@@ -41,18 +43,30 @@ def plan_query(parameters: Parameters, dialect: str, width: int, height: int, wh
         PixelError: the image has fewer pixels than `points`.
     """
     if parameters.points or dialect != "dense":
-        return Query(sample_pixels(width, height, parameters.points or POINTS_IN_WORDS, parameters.sampling))
-    cloud = stride_pixels(width, height, parameters.stride)
+        return _some(width, height, parameters.points or POINTS_IN_WORDS, parameters.sampling)
+    return _strided(width, height, parameters.stride, parameters.organised, whole and parameters.stride > 1)
+
+
+@lru_cache(maxsize=4)
+def _some(width: int, height: int, count: int, sampling: str) -> Query:
+    return Query(fixed(sample_pixels(width, height, count, sampling)))
+
+
+@lru_cache(maxsize=4)
+def _strided(width: int, height: int, stride: int, organised: bool, whole: bool) -> Query:
+    cloud = fixed(stride_pixels(width, height, stride))
     rows = len(np.unique(cloud[:, 1]))
-    shape = (rows, len(cloud) // rows) if parameters.organised else None
-    if not whole or parameters.stride == 1:
+    shape = (rows, len(cloud) // rows) if organised else None
+    if not whole:
         return Query(cloud, None, shape)
-    indices = (cloud[:, 1] * width + cloud[:, 0]).astype(np.intp)
-    return Query(stride_pixels(width, height, 1), indices, shape)
+    indices = fixed((cloud[:, 1] * width + cloud[:, 0]).astype(np.intp))
+    return Query(fixed(stride_pixels(width, height, 1)), indices, shape)
 
 
 def keep_good(result: DepthResult, parameters: Parameters) -> DepthResult:
     """Removes the depth where it is beyond `max_depth_m` or its confidence below `min_confidence`."""
+    if parameters.min_confidence <= 0 and parameters.max_depth_m <= 0:
+        return result
     bad = result.confidence < parameters.min_confidence
     if parameters.max_depth_m > 0:
         bad |= result.depth_m > parameters.max_depth_m

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
-from PIL import Image
 
-from depthlm_ros.errors import CameraError, ConfigError, ImageError, PixelError, unknown_choice
+from depthlm_ros.errors import CameraError, ConfigError, ImageError, unknown_choice
 from depthlm_ros.lens import Distortion
+from depthlm_ros.map_reading import MapReader
 from depthlm_ros.published import MAX_VIEW_PIXELS, check_size, published_view
+from depthlm_ros.remember import remember
 
 if TYPE_CHECKING:
     from depthlm_ros.camera import Camera
@@ -61,13 +62,7 @@ class UnifiedView:
         VLM3 whole numbers, truncated toward zero like the authors'; for DepthVLM, which names no pixels to its
         model, sub-pixel by area, u' = (u + 0.5) W' / W - 0.5. NaN where the lens model has no ray.
         """
-        source, view = self.source, self.camera
-        if self.policy == "exact" or self.system == "depthvlm":
-            return view.project(source.rays(pixels))
-        ideal = undistorted_pixels(source, pixels)
-        # The authors' own order of operations: the truncation makes the last bit matter.
-        gain = np.array([view.fx / source.fx, view.fy / source.fy])
-        return np.trunc((ideal - (source.cx, source.cy)) * gain + (view.cx, view.cy))
+        return _place_in_view(self.source, self.camera, self.policy, self.system, pixels)
 
     def to_source(self, view_pixels: np.ndarray) -> np.ndarray:
         """Maps view pixels (N, 2) to source pixels (N, 2) float64 along the same ray, without truncation."""
@@ -158,28 +153,25 @@ def sample_map(depth_map: np.ndarray, view_pixels: np.ndarray, method: str = "bi
     """
     if method not in ("bilinear", "nearest"):
         raise ConfigError(f"unknown sampling method {method!r}; use 'bilinear' or 'nearest'")
+    height, width = depth_map.shape
+    if method == "bilinear":
+        return MapReader(view_pixels, width, height).read(depth_map)
     pixels = np.asarray(view_pixels, np.float64)
-    if pixels.ndim != 2 or pixels.shape[1] != 2:
-        raise PixelError(f"pixels have shape {pixels.shape}; pass an (N, 2) array of (u, v)")
-    size = np.array([depth_map.shape[1], depth_map.shape[0]])
-    on_map = ((pixels >= -0.5) & (pixels < size - 0.5)).all(axis=1)
+    on_map = ((pixels >= -0.5) & (pixels < (width - 0.5, height - 0.5))).all(axis=1)
     out = np.full(len(pixels), np.nan, np.float32)
-    at = np.clip(pixels[on_map], 0, size - 1)
-    if method == "nearest":
-        column, row = np.floor(at + 0.5).astype(np.intp).T
-        out[on_map] = depth_map[row, column]
-        return out
-    low = np.floor(at).astype(np.intp)
-    high = np.minimum(low + 1, size - 1)
-    weight = at - low
-    total = np.zeros(len(at))
-    for column, weight_u in ((low[:, 0], 1 - weight[:, 0]), (high[:, 0], weight[:, 0])):
-        for row, weight_v in ((low[:, 1], 1 - weight[:, 1]), (high[:, 1], weight[:, 1])):
-            share = weight_u * weight_v
-            # A neighbour without weight must not spread its NaN.
-            total += np.where(share > 0, depth_map[row, column] * share, 0.0)
-    out[on_map] = total
+    column, row = np.floor(pixels[on_map] + 0.5).astype(np.intp).T
+    out[on_map] = depth_map[row, column]
     return out
+
+
+@remember(4)
+def _place_in_view(source: Camera, view: Camera, policy: str, system: str, pixels: np.ndarray) -> np.ndarray:
+    if policy == "exact" or system == "depthvlm":
+        return view.project(source.rays(pixels))
+    ideal = undistorted_pixels(source, pixels)
+    # The authors' own order of operations: the truncation makes the last bit matter.
+    gain = np.array([view.fx / source.fx, view.fy / source.fy])
+    return np.trunc((ideal - (source.cx, source.cy)) * gain + (view.cx, view.cy))
 
 
 def undistorted_pixels(camera: Camera, pixels: np.ndarray) -> np.ndarray:
@@ -241,15 +233,10 @@ def _filled_size(content: tuple[int, int], multiple: int, min_pixels: int) -> tu
 
 
 def _resize(image: np.ndarray, camera: Camera, focal_px: float, content: tuple[int, int]) -> np.ndarray:
-    box = (content[0] * camera.fx / focal_px, content[1] * camera.fy / focal_px)
+    from depthlm_ros.engines.resampling import resize_bicubic
+
     # The last column and row of the view may reach over the source's edge by less than one view pixel.
-    right = max(0, math.ceil(box[0] - camera.width))
-    bottom = max(0, math.ceil(box[1] - camera.height))
-    if right or bottom:
-        image = cv2.copyMakeBorder(image, 0, bottom, 0, right, cv2.BORDER_REPLICATE)
-    box = (min(box[0], image.shape[1]), min(box[1], image.shape[0]))
-    picture = Image.fromarray(np.ascontiguousarray(image))
-    return np.asarray(picture.resize(content, Image.Resampling.BICUBIC, box=(0.0, 0.0, *box)))
+    return resize_bicubic(image, (focal_px / camera.fx, focal_px / camera.fy), content)
 
 
 def _remap(image: np.ndarray, source: Camera, view: Camera) -> np.ndarray:
