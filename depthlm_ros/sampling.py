@@ -13,6 +13,8 @@ import numpy as np
 from depthlm_ros.errors import ConfigError, ImageError, PixelError, unknown_choice
 
 METHODS = ("grid", "random", "blue_noise", "edges")
+# (u, v, width, height) in pixels, as in sensor_msgs/RegionOfInterest.
+Region = tuple[int, int, int, int]
 
 # Cells of a grid may be this much longer than wide before rows of unequal length are the better choice.
 _CELL_ASPECT = 1.5
@@ -53,7 +55,7 @@ def sample_pixels(
     method: str = "grid",
     seed: int = 0,
     margin_px: int = 0,
-    region: tuple[int, int, int, int] | None = None,
+    region: Region | None = None,
     image: np.ndarray | None = None,
 ) -> np.ndarray:
     """Chooses the pixels to ask.
@@ -215,7 +217,7 @@ def _steepest(slopes: np.ndarray) -> np.ndarray:
 
 
 def _area(
-    width: int, height: int, margin_px: int, region: tuple[int, int, int, int] | None
+    width: int, height: int, margin_px: int, region: Region | None
 ) -> tuple[int, int, int, int]:
     """Image without margin, cut by the region, as (left, top, columns, rows)."""
     if width < 1 or height < 1:
