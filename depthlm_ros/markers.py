@@ -33,6 +33,28 @@ def drawable(pixels: np.ndarray, width: int, height: int) -> np.ndarray:
     return ((pixels >= MARGIN_PX) & (pixels < (width - MARGIN_PX, height - MARGIN_PX))).all(axis=1)
 
 
+def arrow_patch(image: np.ndarray, pixel: tuple[int, int]) -> tuple[int, int, np.ndarray]:
+    """The part of the image that `draw_arrow` changes, with the arrow in it.
+
+    Args:
+        image: (H, W, 3) uint8 RGB, already unified.
+        pixel: `(u, v)`, whole numbers.
+
+    Returns:
+        Row and column of its upper left corner, and (5, 5, 3) uint8 pixels; pasted there they give what `draw_arrow`
+        draws.
+
+    Raises:
+        ImageError, PixelError: as in `draw_arrow`.
+    """
+    u, v = _checked_target(image, pixel)
+    (left, top), (right, bottom) = ARROW_OFFSETS.min(0) + (u, v), ARROW_OFFSETS.max(0) + (u, v)
+    block = image[top : bottom + 1, left : right + 1].copy()
+    columns, rows = (ARROW_OFFSETS - ARROW_OFFSETS.min(0)).T
+    block[rows, columns] = ARROW_COLOUR
+    return int(top), int(left), block
+
+
 def draw_arrow(image: np.ndarray, pixel: tuple[int, int]) -> np.ndarray:
     """Returns a copy of the image with the arrow that points at a pixel.
 
@@ -44,6 +66,13 @@ def draw_arrow(image: np.ndarray, pixel: tuple[int, int]) -> np.ndarray:
         ImageError: not an (H, W, 3) uint8 image.
         PixelError: a pixel that isn't whole or too close to the border (see `drawable`).
     """
+    columns, rows = (_checked_target(image, pixel) + ARROW_OFFSETS).T
+    marked = image.copy()
+    marked[rows, columns] = ARROW_COLOUR
+    return marked
+
+
+def _checked_target(image: np.ndarray, pixel: tuple[int, int]) -> np.ndarray:
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         raise ImageError(f"image is {image.dtype} of shape {image.shape}; pass (H, W, 3) uint8 RGB")
     height, width = image.shape[:2]
@@ -53,7 +82,4 @@ def draw_arrow(image: np.ndarray, pixel: tuple[int, int]) -> np.ndarray:
             f"no arrow can be drawn at {tuple(target.tolist())} in a {width}x{height} image; pass whole numbers "
             f"at least {MARGIN_PX} px from the border"
         )
-    columns, rows = (target.astype(np.intp) + ARROW_OFFSETS).T
-    marked = image.copy()
-    marked[rows, columns] = ARROW_COLOUR
-    return marked
+    return target.astype(np.intp)

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from depthlm_ros.errors import ImageError, PixelError
-from depthlm_ros.markers import draw_arrow, drawable
+from depthlm_ros.markers import arrow_patch, draw_arrow, drawable
 
 GREY = np.full((16, 20, 3), 128, np.uint8)
 
@@ -48,3 +48,17 @@ def test_a_pixel_that_cannot_carry_an_arrow_is_named(pixel):
 def test_an_image_that_is_not_rgb_is_refused(image):
     with pytest.raises(ImageError, match="uint8 RGB"):
         draw_arrow(image, (10, 8))
+
+
+@pytest.mark.parametrize("pixel", [(5, 5), (14, 10), (10, 8), (5, 10)])
+def test_a_patch_with_the_arrow_is_what_drawing_it_changes(pixel):
+    image = np.random.default_rng(0).integers(0, 256, (16, 20, 3), dtype=np.uint8)
+    top, left, block = arrow_patch(image, pixel)
+    pasted = image.copy()
+    pasted[top : top + len(block), left : left + block.shape[1]] = block
+    np.testing.assert_array_equal(pasted, draw_arrow(image, pixel))
+
+
+def test_a_patch_that_would_reach_beyond_the_image_is_refused():
+    with pytest.raises(PixelError, match="no arrow"):
+        arrow_patch(GREY, (4, 8))

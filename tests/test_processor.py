@@ -8,6 +8,7 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from transformers import AutoProcessor, AutoTokenizer
 
 from depthlm_ros.engines.checkpoint import open_checkpoint
@@ -110,6 +111,41 @@ def test_an_image_of_whole_multiples_is_not_resampled(folder, size, grid_hw):
     expected = np.sort(((image / 255 - mean) / std).ravel())
     repeats = len(values) // len(expected)  # Qwen's patches hold each pixel once for each of two time steps
     np.testing.assert_allclose(values, np.repeat(expected, repeats), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("folder", "size"),
+    [("qwen3_vl", (96, 160)), ("qwen2_5_vl", (84, 140)), ("llava", (48, 80))],
+    indirect=["folder"],
+)
+def test_images_of_the_grid_are_prepared_bit_for_bit_as_by_the_checkpoints_processor(folder, size):
+    processor = processor_of(folder)
+    images = [noise(*size, seed) for seed in range(3)]
+    ours, theirs = processor.images(images), processor._stock(images)
+    assert processor.keeps(*size) and ours.grid_hw == theirs.grid_hw
+    assert ours.tensors.keys() == theirs.tensors.keys()
+    for name, value in theirs.tensors.items():
+        assert ours.tensors[name].dtype == value.dtype and torch.equal(ours.tensors[name], value)
+
+
+@pytest.mark.parametrize("folder", ARCHITECTURES, indirect=True)
+@pytest.mark.parametrize("size", [(90, 140), (32, 32), (1024, 1056), (112, 22624)])
+def test_images_of_other_sizes_go_the_checkpoints_own_way(folder, size):
+    processor = processor_of(folder)
+    resampled = size != (32, 32) if "llava" in str(folder) else True
+    assert processor.keeps(*size) != resampled
+
+
+def test_a_processor_that_does_more_to_an_image_is_not_replaced(qwen3_vl_checkpoint, tmp_path):
+    folder = shutil.copytree(qwen3_vl_checkpoint, tmp_path / "model")
+    path = folder / "preprocessor_config.json"
+    own = json.loads(path.read_text()) | {"do_rescale": False, "do_normalize": False}
+    path.write_text(json.dumps(own))
+    processor = processor_of(folder)
+    images = [noise(96, 160)]
+    assert torch.equal(
+        processor.images(images).tensors["pixel_values"], processor._stock(images).tensors["pixel_values"]
+    )
 
 
 @pytest.mark.parametrize(

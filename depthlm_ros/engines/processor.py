@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import torch
 from transformers import AutoTokenizer
@@ -26,6 +27,9 @@ from depthlm_ros.engines.checkpoint import Checkpoint
 from depthlm_ros.errors import EngineError, ImageError, ModelError
 
 PROBE = "how far is (17, 1948)?"
+# Qwen's processors refuse longer strips; the checkpoint's own processor says so.
+ASPECT = 200
+MOST_EDGE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,9 @@ class PromptProcessor:
         tokenizer: the checkpoint's own.
         grid: image sizes that aren't resampled.
         patch_px: side of one image token's square in pixels.
+        vision_patch_px: side of one patch of the vision tower.
         image_token_id: the placeholder.
+        shortcut: whether images of `grid` are prepared by our own pass, bit for bit as by the checkpoint's processor.
     """
 
     def __init__(self, checkpoint: Checkpoint, system_text: str | None = None) -> None:
@@ -66,9 +72,16 @@ class PromptProcessor:
             self._read_qwen(config)
         self.image_token = self.tokenizer.convert_ids_to_tokens(self.image_token_id)
         self._check_template(checkpoint.name)
+        self.shortcut = False
+        self._table = self._values_of_bytes()
+        self.shortcut = self._table is not None
 
-    def images(self, images: Sequence[np.ndarray]) -> ImageInputs:
+    def images(self, images: Sequence[np.ndarray], device: torch.device | None = None) -> ImageInputs:
         """Prepares (H, W, 3) uint8 RGB images of one size.
+
+        Args:
+            images: whatever their size; those that aren't of `grid` are resampled as the checkpoint's processor does.
+            device: a CUDA device to prepare them on, from bytes in pinned memory; None prepares them on the host.
 
         Raises:
             ImageError: another shape or type, or images of several sizes.
@@ -80,6 +93,36 @@ class PromptProcessor:
             raise ImageError(
                 f"{len(images)} images of sizes {sorted({i.shape[:2] for i in images})}; pass images of one size"
             )
+        height, width = images[0].shape[:2]
+        if self.keeps(height, width):
+            sides = (height // self.patch_px, width // self.patch_px)
+            return ImageInputs(self._from_bytes(images, device), sides, len(images))
+        return self._stock(images)
+
+    def keeps(self, height: int, width: int) -> bool:
+        """Whether images of this size are prepared without resampling, by our own pass."""
+        grid = self.grid
+        return (
+            self.shortcut
+            and height % grid.multiple == width % grid.multiple == 0
+            and grid.min_pixels <= height * width <= grid.max_pixels
+            and max(height, width) <= min(grid.max_edge or MOST_EDGE, ASPECT * min(height, width))
+        )
+
+    def patch_row(self, row: int, column: int, width: int) -> int:
+        """Place of the vision tower's patch at this row and column among the patches of an image so wide."""
+        merge, across = self._merge, width // self.vision_patch_px
+        block = row // merge * (across // merge) + column // merge
+        return block * merge * merge + row % merge * merge + column % merge
+
+    def patch_values(self, squares: np.ndarray) -> torch.Tensor:
+        """(T, side, side, 3) uint8 patches of the vision tower to (T, values of a patch), as in `images`."""
+        planes = cv2.LUT(np.ascontiguousarray(squares).reshape(-1, squares.shape[1], 3), self._table.T[None].copy())
+        values = torch.from_numpy(planes).view(squares.shape).permute(0, 3, 1, 2)
+        return values[:, :, None].expand(-1, -1, self._times, -1, -1).flatten(1)
+
+    def _stock(self, images: Sequence[np.ndarray]) -> ImageInputs:
+        """What the checkpoint's own processor makes of them."""
         try:
             tensors = self._image_processor(images=list(images), return_tensors="pt", input_data_format="channels_last")
         except ValueError as error:
@@ -88,6 +131,66 @@ class PromptProcessor:
             ) from error
         names = self._image_processor.model_input_names
         return ImageInputs({name: tensors[name] for name in names}, self._tokens_hw(tensors), len(images))
+
+    def _values_of_bytes(self) -> np.ndarray | None:
+        """(3, 256) float32: what the checkpoint's processor makes of each byte of each channel.
+
+        Read off its own output for a ramp, and proved on noise; None where it does more to an image than that.
+        """
+        multiple = self.grid.multiple
+        side = max(2, -(-int(np.ceil(self.grid.min_pixels**0.5)) // multiple)) * multiple
+        shape = (side, side + multiple, 3)
+        ramp = (np.arange(np.prod(shape)) // 3 % 256).astype(np.uint8).reshape(shape)
+        noise = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+        shown = self._stock([ramp]).tensors["pixel_values"]
+        # The ramp's bytes and their channels in the layout of the tensors say which value belongs to which.
+        layout, places = self._blank(1, side, side + multiple, torch.uint8)
+        channels, channel_places = self._blank(1, side, side + multiple, torch.uint8)
+        if layout.shape != shown.shape:
+            return None
+        for channel in range(3):
+            places[:, channel] = torch.from_numpy(ramp[..., channel].reshape(places.shape[3:]))
+            channel_places[:, channel] = channel
+        table = np.zeros((3, 256), np.float32)
+        table[channels.numpy().ravel(), layout.numpy().ravel()] = shown.numpy().ravel()
+        self._table = table
+        ours, theirs = self._from_bytes([ramp, noise], None), self._stock([ramp, noise]).tensors
+        same = ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+        return table if same else None
+
+    def _from_bytes(self, images: Sequence[np.ndarray], device: torch.device | None) -> dict[str, torch.Tensor]:
+        height, width = images[0].shape[:2]
+        if device is not None and device.type == "cuda":
+            # A quarter of the bytes, or an eighth where they come twice, cross the bus.
+            planes = torch.from_numpy(np.stack(images)).permute(3, 0, 1, 2).contiguous().pin_memory()
+            planes = planes.to(device, non_blocking=True).int()
+            table = torch.from_numpy(self._table).pin_memory().to(device, non_blocking=True)
+            pixels, places = self._blank(len(images), height, width, table.dtype, device)
+            for channel, plane in enumerate(planes):
+                places[:, channel] = table[channel][plane].view(len(images), 1, *places.shape[3:])
+        else:
+            pixels, places = self._blank(len(images), height, width, torch.float32)
+            for image, own in zip(images, places, strict=True):
+                for plane, values, place in zip(cv2.split(image), self._table, own, strict=True):
+                    place.copy_(torch.from_numpy(cv2.LUT(plane, values)).view(place.shape[1:]))
+        side = self.vision_patch_px
+        if self._times == 1:
+            return {"pixel_values": pixels, "image_sizes": torch.tensor([[height, width]] * len(images))}
+        grids = torch.tensor([[1, height // side, width // side]] * len(images))
+        return {"pixel_values": pixels, "image_grid_thw": grids}
+
+    def _blank(
+        self, count: int, height: int, width: int, dtype: torch.dtype, device: torch.device | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """An empty `pixel_values`, and its view (B, 3, times, h, merge, side, w, merge, side) for planes of an image."""
+        side, merge, times = self.vision_patch_px, self._merge, self._times
+        h, w = height // (side * merge), width // (side * merge)
+        if times == 1:
+            pixels = torch.empty(count, 3, height, width, dtype=dtype, device=device)
+            return pixels, pixels.view(count, 3, 1, h, 1, side, w, 1, side)
+        places = torch.empty(count, h, w, merge, merge, 3, times, side, side, dtype=dtype, device=device)
+        pixels = places.view(count * h * w * merge * merge, -1)
+        return pixels, places.permute(0, 5, 6, 1, 3, 7, 2, 4, 8)
 
     def prompts(self, questions: Sequence[str], *grids_hw: tuple[int, int]) -> list[list[int]]:
         """Token ids of the whole prompt for each question: header, image tokens, question, answer header.
@@ -163,6 +266,7 @@ class PromptProcessor:
         processor = self._image_processor
         merge = processor.merge_size
         self.patch_px = processor.patch_size * merge
+        self.vision_patch_px, self._merge, self._times = processor.patch_size, merge, processor.temporal_patch_size
         self.image_token_id = config["image_token_id"]
         self.grid = ImageGrid(self.patch_px, processor.size["shortest_edge"], processor.size["longest_edge"])
         self._placeholders: Callable = lambda grid_hw: [self.image_token_id] * (grid_hw[0] * grid_hw[1])
@@ -171,7 +275,8 @@ class PromptProcessor:
     def _read_pixtral(self, folder: Path, config: dict) -> None:
         settings = _json(folder / "processor_config.json")
         merge = settings.get("spatial_merge_size", config.get("spatial_merge_size", 1))
-        self.patch_px = config["vision_config"].get("patch_size", 16) * merge
+        self.vision_patch_px, self._merge, self._times = config["vision_config"].get("patch_size", 16), 1, 1
+        self.patch_px = self.vision_patch_px * merge
         self._image_processor.patch_size = {"height": self.patch_px, "width": self.patch_px}
         edge = self._image_processor.size["longest_edge"]
         self.grid = ImageGrid(self.patch_px, self.patch_px**2, edge**2, max_edge=edge)
