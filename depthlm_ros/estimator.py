@@ -8,7 +8,7 @@ points = camera.unproject(result.pixels, result.depth_m)
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -299,9 +299,12 @@ class Estimator:
             rows, questions = _coordinates_questions(at, asked, view_size, self.card.coordinate_range)
         with clock("model"):
             # The whole frame in one call: the image is encoded and its prefix prefilled once.
-            answers = self.engine.answer_shared(view.image, questions, self.card.max_new_tokens) if questions else []
+            answers = self._ask(view, questions, self.card.max_new_tokens, self.card.answer_template("coordinates"))
         progress(len(at))
         return self._read(answers, rows, asked)
+
+    def _ask(self, view: UnifiedView, questions: Sequence[str], budget: int, expects: str) -> list[Answer]:
+        return self.engine.answer_shared(view.image, questions, budget, expects=expects) if questions else []
 
     def _marker(self, view: UnifiedView, at: np.ndarray, asked: np.ndarray, clock: _Clock, progress: Progress):
         rows = np.flatnonzero(asked)
@@ -312,7 +315,8 @@ class Estimator:
                 images = [draw_arrow(view.image, (u, v)) for u, v in at[some].astype(int).tolist()]
             with clock("model"):
                 questions = [marker_question()] * len(images)
-                answers += self.engine.answer_each(images, questions, self.card.max_new_tokens)
+                expects = self.card.answer_template("marker")
+                answers += self.engine.answer_each(images, questions, self.card.max_new_tokens, expects=expects)
             progress(len(some))
         return self._read(answers, rows, asked)
 
@@ -324,7 +328,7 @@ class Estimator:
             rows, questions = _compact_questions(at, asked, view_size, self.card.compact_range, each)
         budget = max(self.card.max_new_tokens, each * LONGEST_NUMBER)
         with clock("model"):
-            answers = self.engine.answer_shared(view.image, questions, budget) if questions else []
+            answers = self._ask(view, questions, budget, self.card.answer_template("compact", each))
         progress(len(at))
         metres = np.full(len(asked), np.nan, np.float32)
         confidence = np.zeros(len(asked), np.float32)
@@ -407,9 +411,7 @@ def _pixel_rays(camera: Camera, pixels: np.ndarray) -> np.ndarray:
     return camera.rays(pixels)
 
 
-def _rays(
-    camera: Camera, view: UnifiedView, pixels: np.ndarray, at: np.ndarray, shifted: np.ndarray
-) -> np.ndarray:
+def _rays(camera: Camera, view: UnifiedView, pixels: np.ndarray, at: np.ndarray, shifted: np.ndarray) -> np.ndarray:
     """(N, 3) rays along which distances were measured: of the pixels that were marked where they aren't the asked."""
     rays = _pixel_rays(camera, pixels)
     if shifted.any():

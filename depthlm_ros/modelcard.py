@@ -51,8 +51,9 @@ class ModelCard:
         coordinate_range: steps along each side of pixels that are named in the text of the coordinates dialect.
         compact_range: the same of the compact dialect.
         points_per_question: most points that one question of the compact dialect may ask about.
-        answer: what it was trained to answer in the coordinates and marker dialects, "{number}" at each place of the
-            number; None for the published sentence. It saves time where the model keeps to it and changes no answer.
+        answer: what it was trained to answer in the coordinates and marker dialects, "{number}" where the number
+            stands and "{same}" where it is repeated; None for the published sentence. It saves time where the model
+            keeps to it and changes no answer.
         system_text: system message, None to send none.
         chat: how a question is laid out in the published code, by topic; for people.
         processor: settings of the published image processor; where a folder has others, `assumptions` tells.

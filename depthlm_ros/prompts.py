@@ -40,8 +40,8 @@ COORDINATE_RANGE = 2000
 # Steps along each side in the compact dialect.
 COMPACT_RANGE = 1000
 
-# Where the number stands in an answer template.
-NUMBER = "{number}"
+# Where a number stands in an answer template, and where the number before it is repeated.
+NUMBER, SAME = "{number}", "{same}"
 
 # DepthLM's curation keeps depths above 1e-4 m (ETH3D script); the furthest published label lies at 120 m
 # (DepthVLM's ranges), so an answer beyond 10 km is a slip of the pen and not a distance.
@@ -59,7 +59,7 @@ LONGEST_NUMBER = 9
 
 _BETWEEN = re.compile("[ ,]")
 _OPEN, _CLOSE = "<answer>", "</answer>"
-_SENTENCE = f"<think> The point is around {NUMBER} meters away from the camera. </think>\n\n{_OPEN} {NUMBER} {_CLOSE}"
+_SENTENCE = f"<think> The point is around {NUMBER} meters away from the camera. </think>\n\n{_OPEN} {SAME} {_CLOSE}"
 
 
 def marker_question() -> str:
@@ -220,14 +220,14 @@ def _written(template: str, depth_m: float) -> str:
             f"depth {depth_m!r} m can't be written with two decimals between 0.01 and {MAX_DEPTH_M:g} m; "
             "leave the point out"
         )
-    return template.replace(NUMBER, number)
+    return template.replace(NUMBER, number).replace(SAME, number)
 
 
 def answer_template(dialect: str, points: int = 1) -> str:
-    """The answer that models of a dialect were trained to give, "{number}" at each place of a number.
+    """The answer that models of a dialect were trained to give, "{number}" in place of its number.
 
-    An engine may expect it, and has to check it: a model can say something else. All places of a sentence hold the
-    same number; in the compact dialect each of `points` numbers has its own.
+    An engine may expect it, and has to check it: a model can say something else. "{same}" stands where a sentence
+    repeats its number; in the compact dialect each of `points` points has a number of its own.
 
     Args:
         dialect: one that answers in words.

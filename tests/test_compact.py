@@ -25,7 +25,14 @@ from depthlm_ros.engines.batches import shared_length
 from depthlm_ros.errors import ConfigError
 from depthlm_ros.estimator import Estimator
 from depthlm_ros.ply import read_ply
-from depthlm_ros.prompts import compact_answer, compact_question, compact_questions, normalise_pixel, parse_compact
+from depthlm_ros.prompts import (
+    answer_template,
+    compact_answer,
+    compact_question,
+    compact_questions,
+    normalise_pixel,
+    parse_compact,
+)
 
 CAMERA = Camera(fx=150.0, fy=148.0, cx=63.2, cy=47.1, width=128, height=96)
 PIXELS = np.array([[64, 48], [20, 30], [110, 80], [5, 90], [40, 12]], np.float32)
@@ -56,10 +63,11 @@ class Reader:
         self.questions: list[str] = []
         self.budgets: list[int] = []
         self.image: np.ndarray | None = None
+        self.expects = ""
         self.spoil = lambda text: text
 
-    def answer_shared(self, image, questions, max_new_tokens, **_):
-        self.image = image
+    def answer_shared(self, image, questions, max_new_tokens, *, expects):
+        self.image, self.expects = image, expects
         self.questions += questions
         self.budgets.append(max_new_tokens)
         return [self._answer(question) for question in questions]
@@ -119,6 +127,7 @@ def test_several_points_a_question_give_each_point_its_own_number_and_confidence
     together = estimator.estimate(image, CAMERA, PIXELS, points_per_question=each)
     assert estimator.engine.questions == compact_questions(said(image), each)
     assert len(estimator.engine.questions) == -(-len(PIXELS) // each)
+    assert estimator.engine.expects == answer_template("compact", each)
     np.testing.assert_array_equal(together.depth_m, alone.depth_m)
     np.testing.assert_array_equal(together.confidence, alone.confidence)
 

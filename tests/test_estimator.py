@@ -15,7 +15,7 @@ from depthlm_ros.engines.base import Answer, EngineInfo, ImageGrid
 from depthlm_ros.errors import CameraError, ConfigError, DialectError, LicenceError, PixelError
 from depthlm_ros.estimator import Estimator
 from depthlm_ros.markers import draw_arrow
-from depthlm_ros.prompts import answer_text, coordinates_question, normalise_pixel
+from depthlm_ros.prompts import answer_template, answer_text, coordinates_question, normalise_pixel
 
 CAMERA = Camera(fx=150.0, fy=148.0, cx=63.2, cy=47.1, width=128, height=96)
 PIXELS = np.array([[64, 48], [20, 30], [110, 80], [5, 90]], np.float32)
@@ -41,12 +41,13 @@ class Parrot:
     grid = ImageGrid(multiple=32, min_pixels=1, max_pixels=1 << 20)
 
     def __init__(self, *texts: str) -> None:
-        self.texts, self.images, self.questions = texts, [], []
+        self.texts, self.images, self.questions, self.expected = texts, [], [], []
 
-    def answer_shared(self, image, questions, max_new_tokens):
-        return self.answer_each([image], questions, max_new_tokens)
+    def answer_shared(self, image, questions, max_new_tokens, *, expects=None):
+        return self.answer_each([image], questions, max_new_tokens, expects=expects)
 
-    def answer_each(self, images, questions, max_new_tokens):
+    def answer_each(self, images, questions, max_new_tokens, *, expects=None):
+        self.expected.append(expects)
         self.images += images
         self.questions += questions
         return [Answer(self.texts[i % len(self.texts)], (), 0.5) for i in range(len(questions))]
@@ -108,6 +109,16 @@ def test_coordinates_are_those_of_the_image_that_the_model_sees(image):
     np.testing.assert_array_equal(shown, view.image)
     said = normalise_pixel(view.from_source(PIXELS), shown.shape[1], shown.shape[0])
     assert estimator.engine.questions == [coordinates_question(x, y) for x, y in said.tolist()]
+
+
+@pytest.mark.parametrize(("card", "dialect"), [("vlm3-depth", "coordinates"), ("depthlm-12b", "marker")])
+def test_the_engine_is_told_the_sentence_that_the_model_was_trained_to_say(image, card, dialect):
+    estimator = parrot(answer_text(2.0), card=card)
+    estimator.estimate(image, CAMERA, PIXELS, dialect=dialect)
+    assert estimator.engine.expected == [answer_template(dialect)]
+    own = parrot(answer_text(2.0), card=card, answer="{number} metres")
+    own.estimate(image, CAMERA, PIXELS, dialect=dialect)
+    assert own.engine.expected == ["{number} metres"]
 
 
 def test_the_marker_is_drawn_at_the_published_pixel(image):

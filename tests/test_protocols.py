@@ -156,7 +156,7 @@ class Parrot:
     def __init__(self, text: str = "") -> None:
         self.text, self.asked, self.metres = text, 0, 1.5
 
-    def answer_each(self, images, questions, max_new_tokens):
+    def answer_each(self, images, questions, max_new_tokens, *, expects=None):
         self.asked += len(images)
         return [Answer(self.text, (), 0.5)] * len(images)
 
@@ -202,7 +202,7 @@ class TestRuns:
         pytest.importorskip("math_verify")
         estimator = parrot(card="vlm3-depth")
         said = iter(["<answer> 2e0 </answer>", "far"] * 5)
-        estimator.engine.answer_shared = lambda image, questions, tokens: [
+        estimator.engine.answer_shared = lambda image, questions, tokens, expects: [
             Answer(next(said), (), 0.5) for _ in questions
         ]
         run = run_protocol(labels, estimator, "dataset_inference", samples=0)
