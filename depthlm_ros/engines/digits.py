@@ -21,6 +21,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from depthlm_ros.errors import ModelError
+from depthlm_ros.metrics import DELTA
 from depthlm_ros.prompts import MIN_DEPTH_M
 
 Forward = Callable[[Sequence[int], Sequence[tuple[int, ...]]], torch.Tensor]
@@ -61,6 +62,10 @@ class NumberDistribution:
             above, which are NaN where it is 0.
         greedy_probability: probability of the likeliest digit, digit after digit; of the number that greedy decoding
             writes.
+        near_greedy: probability of what lies within a factor 1.25 of the greedy number; what the model itself holds
+            for its chance to be right in δ1. It counts other text as wrong.
+        near_median: the same of the median.
+        near_mean: the same of the mean.
         forwards: nodes that were expanded for it.
     """
 
@@ -71,6 +76,9 @@ class NumberDistribution:
     sigma_log: float
     mass: float
     greedy_probability: float
+    near_greedy: float
+    near_median: float
+    near_mean: float
     forwards: int
 
 
@@ -232,6 +240,14 @@ class _Pieces:
         """(count,) of each answer: mass times the mean of a function over the interval."""
         return np.bincount(self.row, self.mass * function(self.low, self.high), count)
 
+    def near(self, centre: np.ndarray) -> np.ndarray:
+        """(count,) mass within a factor `DELTA` of each answer's centre."""
+        least, most = centre[self.row] / DELTA, centre[self.row] * DELTA
+        width = self.high - self.low
+        within = np.minimum(most, self.high) - np.maximum(least, self.low)
+        share = np.where(width > 0, np.clip(within / np.where(width > 0, width, 1), 0, 1), within >= 0)
+        return np.bincount(self.row, self.mass * share, len(centre))
+
     def medians(self, count: int) -> np.ndarray:
         """(count,) value with half of an answer's mass on each side; NaN without any mass."""
         order = np.lexsort((self.high, self.low, self.row))
@@ -285,7 +301,7 @@ class _Tree:
         self.count = count = len(start)
         self.forwards = np.zeros(count, np.intp)
         self._ended: list[_Pieces] = []
-        self._greedy = np.ones(count)
+        self._greedy_mass, self._greedy_value = np.ones(count), np.full(count, np.nan)
         # By digits before the point and value: how surely "7" or "12" went on with another digit, NaN where not asked.
         self._went_on = [np.full((count, 10), np.nan), np.full((count, 100), np.nan)]
         self._open = self._expanded(_root(count), start)
@@ -298,6 +314,8 @@ class _Tree:
         last = (nodes.length > 0) & (nodes.decimals != 0)
         self._end(nodes[last], ends[last])
         likeliest = np.concatenate([probabilities, ends[:, None]], 1).argmax(1)
+        stopped = nodes.greedy & last & (likeliest == 11)
+        self._note_greedy(nodes.row[stopped], (nodes.mass * ends)[stopped], nodes.value[stopped])
         for length, went_on in enumerate(self._went_on, 1):
             those = nodes.whole & (nodes.length == length)
             went_on[nodes.row[those], nodes.value[those].astype(int)] = probabilities[those, :POINT].sum(1)
@@ -305,7 +323,9 @@ class _Tree:
         too_long = (nodes.whole & (nodes.length == WHOLE_DIGITS))[:, None] & (np.arange(11) != POINT)
         at, symbol = np.nonzero((masses > 0) & ~too_long)
         children = nodes[at].followed_by(symbol, masses[at, symbol], likeliest[at] == symbol)
-        self._note_greedy(children)
+        greedy = children[children.greedy]
+        unsaid = 10.0 ** -np.maximum(greedy.decimals, 0) - 2 * _HALF_STEP
+        self._note_greedy(greedy.row, greedy.mass, greedy.value + unsaid / 2)
         self._end(children[children.finished], 1.0)
         return children[~children.finished]
 
@@ -348,17 +368,18 @@ class _Tree:
         mean = pieces.sums(_value, self.count) / safe
         var = np.maximum(pieces.sums(_square, self.count) / safe - mean**2, 0)
         log_mean, sigma = self._log_moments()
-        columns = mean, np.sqrt(var), pieces.medians(self.count), np.exp(log_mean), sigma, mass, self._greedy
-        rows = zip(*(column.tolist() for column in columns), self.forwards.tolist(), strict=True)
-        return [NumberDistribution(*row) for row in rows]
+        median = pieces.medians(self.count)
+        near = [pieces.near(centre) for centre in (self._greedy_value, median, mean)]
+        columns = mean, np.sqrt(var), median, np.exp(log_mean), sigma, mass, self._greedy_mass, *near, self.forwards
+        return [NumberDistribution(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]
 
     def _end(self, nodes: _Nodes, probability: np.ndarray | float) -> None:
         good = nodes.value >= MIN_DEPTH_M
         mass = nodes.mass * probability
         self._ended.append(_Pieces(nodes.row[good], mass[good], nodes.value[good], nodes.value[good]))
 
-    def _note_greedy(self, nodes: _Nodes) -> None:
-        self._greedy[nodes.row[nodes.greedy]] = nodes.mass[nodes.greedy]
+    def _note_greedy(self, row: np.ndarray, mass: np.ndarray, value: np.ndarray) -> None:
+        self._greedy_mass[row], self._greedy_value[row] = mass, value
 
     def _more(self, nodes: _Nodes) -> np.ndarray:
         """(M,) probability that a whole number goes on with another digit, as near ones of the answer have shown it."""
