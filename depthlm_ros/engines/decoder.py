@@ -25,22 +25,45 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from depthlm_ros.engines.cascade import Attention, matmul_attention, merge, plain_attention
+from depthlm_ros.engines.linear import ACTIVATIONS, Linear, activated, packable
+from depthlm_ros.errors import EngineError
+
+# Packed weights are a copy: only of models that are small beside a machine's memory.
+PACKED_BYTES = 2 << 30
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer's weights, (out, in) each; `qkv` and `gate_up` are stacked along `out`."""
+    """One layer.
+
+    Attributes:
+        norm: (C,) scale before the attention.
+        qkv: query, key and value of one state, side by side.
+        query: query alone, in the last layer, where few tokens ask.
+        key_value: key and value alone, likewise.
+        q_norm: (D,) scale of each query head; None where there is none.
+        k_norm: (D,) scale of each key head.
+        output: attention's output, added to the stream.
+        mlp_norm: (C,) scale before the MLP.
+        gate_up: both of the MLP's inputs side by side; None where they are packed one by one.
+        gate: with its activation.
+        up: multiplied with the gate.
+        down: added to the stream.
+        window: tokens that a sliding window lets a token see, itself included; None for all.
+    """
 
     norm: torch.Tensor
-    qkv: torch.Tensor
-    qkv_bias: torch.Tensor | None
+    qkv: Linear
+    query: Linear | None
+    key_value: Linear | None
     q_norm: torch.Tensor | None
     k_norm: torch.Tensor | None
-    o: torch.Tensor
-    o_bias: torch.Tensor | None
+    output: Linear
     mlp_norm: torch.Tensor
-    gate_up: torch.Tensor
-    down: torch.Tensor
+    gate_up: Linear | None
+    gate: Linear | None
+    up: Linear | None
+    down: Linear
     window: int | None
 
 
@@ -136,8 +159,17 @@ class Decoder:
         self.heads = config.num_attention_heads
         self.groups = config.num_key_value_heads
         self.head_size = text.layers[0].self_attn.head_dim
-        self.layers = [_layer(layer, architecture, config) for layer in text.layers]
-        self._act = text.layers[0].mlp.act_fn
+        self.width = config.hidden_size
+        self.mlp_width = config.intermediate_size
+        self.activation = config.hidden_act
+        if self.activation not in ACTIVATIONS:
+            raise EngineError(f"the language model's activation {self.activation!r} is unknown; take the plain path")
+        weight = text.layers[0].mlp.down_proj.weight
+        self.dtype, self.device = weight.dtype, weight.device
+        size = sum(x.numel() * x.element_size() for x in text.layers.parameters())
+        self.packed = packable(weight) and size <= PACKED_BYTES
+        last = len(text.layers) - 1
+        self.layers = [self._layer(layer, architecture, config, n == last) for n, layer in enumerate(text.layers)]
         self._norm = text.norm.weight
         self._eps = config.rms_norm_eps
         self._rotary = text.rotary_emb
@@ -146,7 +178,7 @@ class Decoder:
 
     def new_zeros(self, shape: Sequence[int]) -> torch.Tensor:
         """Zeros of the model's dtype on its device."""
-        return self.layers[0].qkv.new_zeros(shape)
+        return torch.zeros(shape, dtype=self.dtype, device=self.device)
 
     def prefill(
         self,
@@ -269,6 +301,42 @@ class Decoder:
             x = self._finish(layer, x, merge(ours, theirs).reshape(len(x), -1))
         return self._normed(x, self._norm).view(count, -1, x.shape[-1])
 
+    def _layer(self, layer: nn.Module, architecture: str, config: object, last: bool) -> Layer:
+        attention, mlp = layer.self_attn, layer.mlp
+        qkv, bias = _stack(attention.q_proj, attention.k_proj, attention.v_proj)
+        split = self.heads * self.head_size
+        new = architecture == "qwen3_vl"
+        window = None
+        if architecture == "qwen2_5_vl":
+            window = attention.sliding_window
+        elif architecture == "llava":
+            window = config.sliding_window
+        gate_up = gate = up = None
+        if self.packed:
+            gate = Linear(mlp.gate_proj.weight, mlp.gate_proj.bias, self.activation)
+            up = Linear(mlp.up_proj.weight, mlp.up_proj.bias)
+        else:
+            gate_up = Linear(*_stack(mlp.gate_proj, mlp.up_proj), pack=False)
+
+        def linear(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
+            return Linear(weight, bias, pack=self.packed)
+
+        return Layer(
+            norm=layer.input_layernorm.weight,
+            qkv=linear(qkv, bias),
+            query=linear(qkv[:split], None if bias is None else bias[:split]) if last else None,
+            key_value=linear(qkv[split:], None if bias is None else bias[split:]) if last else None,
+            q_norm=attention.q_norm.weight if new else None,
+            k_norm=attention.k_norm.weight if new else None,
+            output=linear(attention.o_proj.weight, attention.o_proj.bias),
+            mlp_norm=layer.post_attention_layernorm.weight,
+            gate_up=gate_up,
+            gate=gate,
+            up=up,
+            down=linear(mlp.down_proj.weight, mlp.down_proj.bias),
+            window=window,
+        )
+
     def _to_prefix(
         self, layer: Layer, query: torch.Tensor, prefix: Prefix, number: int, place: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -308,18 +376,13 @@ class Decoder:
         turns: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Query (of `asked` tokens, None for none), key and value, normed and turned; (B, T, heads, D) each."""
-        split = self.heads * self.head_size
-        bias = layer.qkv_bias
         if asked is normed:
-            both = F.linear(normed, layer.qkv, bias).view(count, length, -1, self.head_size)
+            both = layer.qkv(normed).view(count, length, -1, self.head_size)
             query, key, value = both.split((self.heads, self.groups, self.groups), dim=2)
         else:
-            query = None
-            if asked is not None:
-                query = F.linear(asked, layer.qkv[:split], None if bias is None else bias[:split])
-                query = query.view(count, -1, self.heads, self.head_size)
-            both = F.linear(normed, layer.qkv[split:], None if bias is None else bias[split:])
-            key, value = both.view(count, length, -1, self.head_size).split((self.groups, self.groups), dim=2)
+            query = None if asked is None else layer.query(asked).view(count, -1, self.heads, self.head_size)
+            both = layer.key_value(normed).view(count, length, -1, self.head_size)
+            key, value = both.split((self.groups, self.groups), dim=2)
         if layer.k_norm is not None:
             query = None if query is None else self._normed(query, layer.q_norm)
             key = self._normed(key, layer.k_norm)
@@ -328,19 +391,19 @@ class Decoder:
 
     def _finish(self, layer: Layer, x: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
         """Output projection and MLP, each added to the stream."""
-        x = (
-            torch.addmm(x, attended, layer.o.t())
-            if layer.o_bias is None
-            else x + F.linear(attended, layer.o, layer.o_bias)
-        )
-        gate, up = F.linear(self._normed(x, layer.mlp_norm), layer.gate_up).chunk(2, dim=-1)
-        return torch.addmm(x, self._act(gate).mul_(up), layer.down.t())
+        x = layer.output(attended, x)
+        normed = self._normed(x, layer.mlp_norm)
+        if layer.gate_up is None:
+            return layer.down(layer.up(normed, factor=layer.gate(normed)), x)
+        gate, up = layer.gate_up(normed).chunk(2, dim=-1)
+        return layer.down(activated(gate, self.activation).mul_(up), x)
 
     def _normed(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        if x.dtype == torch.float32:
-            return F.rms_norm(x, (x.shape[-1],), weight, self._eps)
-        # As these models do it: normed in float32, rounded, then scaled.
-        return weight * F.rms_norm(x.float(), (x.shape[-1],), None, self._eps).to(x.dtype)
+        """RMSNorm; in float32 whatever the format, then rounded and scaled, as these models do it."""
+        wide = x.float()
+        length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+        scale = length.square_().div_(x.shape[-1]).add_(self._eps).rsqrt_()
+        return (wide * scale).to(x.dtype).mul_(weight)
 
     def _turns(self, embeds: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines (R, P, 1, D) of the rotary positions."""
@@ -356,32 +419,7 @@ class Decoder:
     def _text_turns(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`_turns` of text, whose three positions are one: (B, T) positions."""
         ids = positions if self._text_only else positions.expand(3, *positions.shape)
-        return self._turns(self.layers[0].qkv.new_empty(()), ids)
-
-
-def _layer(layer: nn.Module, architecture: str, config: object) -> Layer:
-    attention, mlp = layer.self_attn, layer.mlp
-    qkv, qkv_bias = _stack(attention.q_proj, attention.k_proj, attention.v_proj)
-    gate_up, _ = _stack(mlp.gate_proj, mlp.up_proj)
-    new = architecture == "qwen3_vl"
-    window = None
-    if architecture == "qwen2_5_vl":
-        window = attention.sliding_window
-    elif architecture == "llava":
-        window = config.sliding_window
-    return Layer(
-        norm=layer.input_layernorm.weight,
-        qkv=qkv,
-        qkv_bias=qkv_bias,
-        q_norm=attention.q_norm.weight if new else None,
-        k_norm=attention.k_norm.weight if new else None,
-        o=attention.o_proj.weight,
-        o_bias=attention.o_proj.bias,
-        mlp_norm=layer.post_attention_layernorm.weight,
-        gate_up=gate_up,
-        down=mlp.down_proj.weight,
-        window=window,
-    )
+        return self._turns(self._norm.new_empty((), dtype=self.dtype), ids)
 
 
 def _stack(*linears: nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -436,10 +436,10 @@ def _attentions(device: torch.device) -> tuple[Attention, Attention]:
 
 
 def _planner(decoder: Decoder, device: torch.device) -> Planner:
-    item = decoder.layers[0].qkv.element_size()
-    width = decoder.layers[0].o.shape[0]
+    item = decoder.dtype.itemsize
+    turned = (decoder.heads + 2 * decoder.groups) * decoder.head_size
     # The stream, its normed copy and the attention's output; query, key and value turned and not; gate and up.
-    wide = 4 * width + 3 * len(decoder.layers[0].qkv) + 2 * len(decoder.layers[0].gate_up)
+    wide = 4 * decoder.width + 3 * turned + 4 * decoder.mlp_width
     return Planner(
         device,
         token_bytes=2 * len(decoder.layers) * decoder.groups * decoder.head_size * item,
