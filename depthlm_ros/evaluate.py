@@ -374,6 +374,8 @@ def evaluate(
     if not tally.frames:
         error = DatasetError if source.suffix == ".jsonl" else BagError
         raise error(f"{source} has {total} images but not one with a true depth; there is nothing to score against")
+    if dialect == "compact":
+        notes = (*notes, f"{points_per_question} points a question")
     return finished(f"Evaluation on {source.name}", estimator, dialect, tally, notes, failures)
 
 

@@ -220,6 +220,7 @@ def test_evaluate_on_the_command_line(sure, tmp_path):
     command = ["evaluate", str(labels), "--model", str(sure), "--device", "cpu", "--out", str(tmp_path / "out")]
     assert main(command) == 0
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert "1 points a question" in metrics["notes"]
     assert metrics["depth"]["answered"] == metrics["depth"]["total"] == 4
     assert main([*command, "--points-per-question", "2"]) == 0
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["depth"]["answered"] == 0

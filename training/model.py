@@ -187,6 +187,7 @@ class DemoNet(nn.Module):
             folder / "model.safetensors",
             metadata={"format": "pt"},
         )
+        (folder / "model.safetensors").chmod(0o644)  # safetensors writes for its owner alone
         config = self.vlm.config.to_dict()
         text = config["text_config"]
         rope = text.pop("rope_parameters")
