@@ -10,6 +10,7 @@ from __future__ import annotations
 import types
 from typing import TYPE_CHECKING, Any
 
+import cv2
 import numpy as np
 
 from depthlm_ros.encodings import DEPTH_ENCODINGS, IMAGE_ENCODINGS, decode_compressed, decode_depth, decode_image
@@ -89,11 +90,7 @@ def cloud_message(
     # Column by column: numpy is four times slower on an inner axis of 3.
     for i in range(3):
         rows[:, i] = points[:, i]
-    packed = rows.view("u1")[:, 12:16]
-    packed[:, 0] = rgb[:, 2]
-    packed[:, 1] = rgb[:, 1]
-    packed[:, 2] = rgb[:, 0]
-    packed[:, 3] = 0
+    rows.view("<u4")[:, 3] = _packed_rgb(rgb)
     rows[:, 4] = confidence
 
     message = msgs.PointCloud2(header=_header(msgs, stamp_ns, frame_id), height=height, width=width)
@@ -233,6 +230,14 @@ def _image_message(rows: np.ndarray, encoding: str, stamp_ns: int, frame_id: str
     message.step = rows.nbytes // height if height else 0
     message.data.frombytes(rows.reshape(-1).view("u1"))
     return message
+
+
+def _packed_rgb(rgb: np.ndarray) -> np.ndarray:
+    """(N,) uint32 0x00RRGGBB of (N, 3) uint8."""
+    if not len(rgb):
+        return np.empty(0, "<u4")
+    bgra = cv2.cvtColor(np.ascontiguousarray(rgb)[None], cv2.COLOR_RGB2BGRA)
+    return bgra.view("<u4").reshape(-1) & np.uint32(0x00FFFFFF)
 
 
 def _unpack_rgb(packed: np.ndarray) -> np.ndarray:

@@ -21,6 +21,7 @@ from depthlm_ros.monitor import Status
 from depthlm_ros.overlay import overlay
 from depthlm_ros.pose import RelativePose
 from depthlm_ros.queries import Query, depth_image
+from depthlm_ros.remember import remember
 
 DEPTH_OUTPUTS = {"points": PointCloud2, "depth": Image, "depth/camera_info": CameraInfo, "overlay": Image}
 POSE_OUTPUT = {"relative_pose": PoseStamped}
@@ -121,10 +122,24 @@ def _header(stamp_ns: int, frame_id: str) -> Header:
 def _cloud(
     image: np.ndarray, camera: Camera, stamp_ns: int, frame_id: str, query: Query, result: DepthResult
 ) -> PointCloud2:
-    rows = np.arange(len(result)) if query.cloud_rows is None else query.cloud_rows
-    if query.organised_shape is None:
-        rows = rows[result.valid[rows]]
-    pixels = result.pixels[rows]
+    rays, places = _cloud_geometry(camera, result.pixels, query.cloud_rows)
+    depth_m, confidence = result.depth_m, result.confidence
+    if query.cloud_rows is not None:
+        depth_m, confidence = depth_m[query.cloud_rows], confidence[query.cloud_rows]
+    known = np.isfinite(depth_m)
+    if query.organised_shape is None and not known.all():
+        rows = np.flatnonzero(known)
+        rays, places, depth_m, confidence = rays[:, rows], places[rows], depth_m[rows], confidence[rows]
+    # Column by column, as the message's fields are filled.
+    points = (rays * depth_m).T
+    rgb = np.ascontiguousarray(image).reshape(-1, 3).take(places, axis=0)
+    return cloud_message(stamp_ns, frame_id, points, rgb, confidence, query.organised_shape)
+
+
+@remember(4)
+def _cloud_geometry(camera: Camera, pixels: np.ndarray, rows: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    """(3, N) float32 rays with z = 1 through the cloud's pixels, and (N,) where those lie in the flattened image."""
+    if rows is not None:
+        pixels = pixels[rows]
     u, v = pixels.astype(np.intp).T
-    points = camera.unproject(pixels, result.depth_m[rows]).astype(np.float32)
-    return cloud_message(stamp_ns, frame_id, points, image[v, u], result.confidence[rows], query.organised_shape)
+    return np.ascontiguousarray(camera.rays(pixels).T, np.float32), v * camera.width + u

@@ -31,8 +31,11 @@ POLICIES = ("published", "exact")
 MAX_VIEW_TANGENT = math.tan(math.radians(60.0))
 # Sizes within a hundred-thousandth of a pixel of a whole number are that number.
 _SIZE_TOLERANCE = 1e-5
-# A remap reads at most this many times more samples per axis than it keeps; beyond, the source is reduced first.
-_MAX_OVERSAMPLING = 4
+# A remap that shrinks makes twice the view's size, which an antialiased resample halves. Reading every 1.5th source
+# pixel folds nothing into what that keeps: frequencies up to 1/2 per pixel come out at 1/1.5 - 1/2 and above, the view
+# ends at 1/6. A source that would be read more coarsely is reduced first.
+_OVERSAMPLING = 2
+_COARSEST_PX = 1.5
 _NOWHERE = -10_000.0
 _ROWS_AT_ONCE = 256
 
@@ -131,7 +134,8 @@ def unify(
         return UnifiedView(*published_view(image, ideal, float(focal_px), system), policy, camera, system)
     view_camera, content = _exact_camera(camera, float(focal_px), grid)
     if camera.distortion.is_identity:
-        seen = _resize(image, camera, float(focal_px), content)
+        # The last column and row of the view may reach over the source's edge by less than one view pixel.
+        seen = _resize(image, (focal_px / camera.fx, focal_px / camera.fy), content)
     else:
         seen = _remap(image, camera, replace(view_camera, width=content[0], height=content[1]))
     right, bottom = view_camera.width - seen.shape[1], view_camera.height - seen.shape[0]
@@ -232,41 +236,42 @@ def _filled_size(content: tuple[int, int], multiple: int, min_pixels: int) -> tu
     return width, height
 
 
-def _resize(image: np.ndarray, camera: Camera, focal_px: float, content: tuple[int, int]) -> np.ndarray:
+def _resize(image: np.ndarray, scale: tuple[float, float], size: tuple[int, int]) -> np.ndarray:
     from depthlm_ros.engines.resampling import resize_bicubic
 
-    # The last column and row of the view may reach over the source's edge by less than one view pixel.
-    return resize_bicubic(image, (focal_px / camera.fx, focal_px / camera.fy), content)
+    return resize_bicubic(image, scale, size)
 
 
 def _remap(image: np.ndarray, source: Camera, view: Camera) -> np.ndarray:
     """Samples a distorted image on the view's pixels; black where the source has none."""
-    size, maps, samples = _remap_tables(source, view)
-    if size != (source.width, source.height):
-        image = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+    reduction, maps, samples = _remap_tables(source, view)
+    if reduction != (1.0, 1.0):
+        image = _resize(image, reduction, _reduced_size(source, reduction))
     out = cv2.remap(np.ascontiguousarray(image), *maps, cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT)
-    return out if samples == 1 else cv2.resize(out, (view.width, view.height), interpolation=cv2.INTER_AREA)
+    return out if samples == 1 else _resize(out, (1 / samples, 1 / samples), (view.width, view.height))
 
 
 @lru_cache(maxsize=4)
-def _remap_tables(source: Camera, view: Camera) -> tuple[tuple[int, int], tuple[np.ndarray, np.ndarray], int]:
-    """What `_remap` needs: size the source is reduced to first, fixed-point maps, samples per view pixel and axis.
-
-    Each view pixel is the mean of samples x samples places, so shrinking doesn't alias.
-    """
-    shrink = max(source.fx / view.fx, source.fy / view.fy)
-    samples = min(max(1, math.ceil(shrink - _SIZE_TOLERANCE)), _MAX_OVERSAMPLING)
-    reduction = min(1.0, samples / shrink)
-    size = (max(1, round(source.width * reduction)), max(1, round(source.height * reduction)))
+def _remap_tables(source: Camera, view: Camera) -> tuple[tuple[float, float], tuple[np.ndarray, np.ndarray], int]:
+    """Factors by which the source is reduced first, fixed-point maps, and how many times the view's size they make."""
+    shrink = source.fx / view.fx, source.fy / view.fy
+    samples = 1 if max(shrink) <= 1 + _SIZE_TOLERANCE else _OVERSAMPLING
+    coarse = max(shrink) > samples * _COARSEST_PX
+    reduction = tuple(min(1.0, samples / each) if coarse else 1.0 for each in shrink)
     u = (np.arange(view.width * samples) + 0.5) / samples - 0.5
     v = (np.arange(view.height * samples) + 0.5) / samples - 0.5
-    gain = np.array([size[0] / source.width, size[1] / source.height])
+    last = np.array(_reduced_size(source, reduction)) - 1
     places = np.empty((len(v), len(u), 2), np.float32)
     # In float64 a whole 12-megapixel map would take a gigabyte on its way.
     for start in range(0, len(v), _ROWS_AT_ONCE):
         at = source.project(view.rays(np.stack(np.meshgrid(u, v[start : start + _ROWS_AT_ONCE]), axis=-1)))
         seen = source.contains(at)
-        at = np.clip((at + 0.5) * gain - 0.5, 0, np.array(size) - 1)
+        at = np.clip((at + 0.5) * reduction - 0.5, 0, last)
         at[~seen] = _NOWHERE
         places[start : start + _ROWS_AT_ONCE] = at
-    return size, cv2.convertMaps(places, None, cv2.CV_16SC2), samples
+    return reduction, cv2.convertMaps(places, None, cv2.CV_16SC2), samples
+
+
+def _reduced_size(source: Camera, reduction: tuple[float, float]) -> tuple[int, int]:
+    width, height = source.width * reduction[0], source.height * reduction[1]
+    return math.ceil(width - _SIZE_TOLERANCE), math.ceil(height - _SIZE_TOLERANCE)
