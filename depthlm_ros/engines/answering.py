@@ -16,9 +16,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch.nn import functional as F
 
-from depthlm_ros.engines.decoder import Continuations, Decoder, Prefix
+from depthlm_ros.engines.decoder import Continuations, Decoder, Places, Prefix
 from depthlm_ros.engines.planner import Planner
 from depthlm_ros.engines.speculation import Sentence
 
@@ -72,8 +71,8 @@ class Answering:
     """
 
     def __init__(self, decoder: Decoder, planner: Planner, stop_ids: frozenset[int], penalty: float = 1.0) -> None:
-        self._decoder = decoder
-        self._planner = planner
+        self.decoder = decoder
+        self.planner = planner
         self._stop_ids = stop_ids
         self._penalty = penalty
         self._kept: Continuations | None = None
@@ -86,7 +85,7 @@ class Answering:
         max_new_tokens: int,
         sentence: Sentence | None = None,
         guesses: Sequence[Sequence[int]] | None = None,
-        finished: Callable[[list[int], list[Row], Group], None] | None = None,
+        finished: Callable[[list[int], Group], None] | None = None,
     ) -> list[Row]:
         """Answers each suffix.
 
@@ -96,20 +95,20 @@ class Answering:
             max_new_tokens: longest answer.
             sentence: what the model was trained to say.
             guesses: number tokens that each answer probably holds, such as those of the frame before.
-            finished: called with the numbers and rows of each group while their keys are still there.
+            finished: called with the numbers of each group's rows and the group, while its keys are still there.
         """
         self.work = Work()
         rows = [Row(suffix) for suffix in suffixes]
         # Rows of one length need no padding.
         order = sorted(range(len(rows)), key=lambda at: len(suffixes[at]))
         longest = max(map(len, suffixes)) + max_new_tokens
-        size = self._planner.group(longest)
+        size = self.planner.group(longest)
         for start in range(0, len(order), size):
             numbers = order[start : start + size]
             group = Group(self, prefix, numbers, [rows[at] for at in numbers], max_new_tokens, sentence)
             group.run(None if guesses is None else [guesses[at] for at in numbers])
             if finished is not None:
-                finished(numbers, group.rows, group)
+                finished(numbers, group)
         return rows
 
     def room(self, rows: int, capacity: int) -> Continuations:
@@ -117,7 +116,7 @@ class Answering:
         kept = self._kept
         if kept is None or kept.rows < rows or kept.capacity < capacity:
             self._kept = None
-            self._kept = kept = Continuations(self._decoder, rows, capacity)
+            self._kept = kept = Continuations(self.decoder, rows, capacity)
         return kept
 
     def scored(self, hidden: torch.Tensor, seen: torch.Tensor | None, fed: torch.Tensor | None) -> torch.Tensor:
@@ -128,7 +127,7 @@ class Answering:
             seen: (B, m) ids that the repetition penalty looks at.
             fed: (B, k) ids that were fed at these places; the penalty sees those up to each place.
         """
-        scores = self._decoder.lm_head(hidden).float()
+        scores = self.decoder.lm_head(hidden).float()
         if seen is None or fed is None:
             return scores
         count, places, _ = scores.shape
@@ -158,13 +157,13 @@ class Group:
         sentence: Sentence | None,
     ) -> None:
         self.rows = rows
+        self.prefix = prefix
         self._answering = answering
-        self._decoder = answering._decoder
-        self._planner = answering._planner
-        self._device = self._decoder.embed.weight.device
-        self._prefix = prefix
+        self._decoder = answering.decoder
+        self._planner = answering.planner
+        self._device = self._decoder.device
         if prefix.rows > 1 and list(numbers) != list(range(prefix.rows)):
-            self._prefix = prefix.select(torch.tensor(numbers, device=self._device))
+            self.prefix = prefix.select(torch.tensor(numbers, device=self._device))
         self._max_new_tokens = max_new_tokens
         self._sentence = sentence
         longest = max(len(row.suffix) for row in rows)
@@ -218,17 +217,14 @@ class Group:
         ids = torch.tensor([[*feed, *[0] * (width - len(feed))] for feed in feeds], device=device)
         ends = [[len(feed) - len(draft) - 1] for feed, draft in zip(feeds, drafts, strict=True)]
         keep = (torch.tensor(ends, device=device) + torch.arange(read, device=device)).clamp(max=width - 1)
-        first = rows[0].held == 0
-        start = None if first else torch.tensor([row.held for row in rows], device=device)
-        together = chosen == list(range(chosen[0], chosen[0] + len(chosen)))
-        where = slice(chosen[0], chosen[-1] + 1) if together else torch.tensor(chosen, device=device)
+        held = [row.held for row in rows]
+        where = consecutive(chosen, device)
         hidden = self._decoder.extend(
             ids,
-            self._prefix.select(where),
+            self.prefix.select(where),
             self.own,
             where,
-            start,
-            max(row.held for row in rows),
+            Places.following(held, width, device) if held[0] else None,
             keep if read < width or min(map(len, feeds)) < width else None,
         )
         seen = self._seen(rows) if self._answering.penalised else None
@@ -272,42 +268,9 @@ class Group:
         width = max(map(len, ids))
         return torch.tensor([some + [some[0]] * (width - len(some)) for some in ids], device=self._device)
 
-    def next_scores(self, rows: Sequence[int], paths: Sequence[Sequence[int]], held: Sequence[int]) -> torch.Tensor:
-        """(n, V) float32 log-probabilities of what follows the beginning of an answer and then a path of tokens.
 
-        Args:
-            rows: whose answer.
-            paths: other tokens than those said, at least one each.
-            held: how many of the row's stored tokens the path follows.
-        """
-        device = self._device
-        scores = []
-        width = max(map(len, paths))
-        count = self._planner.rows(width, 1)
-        for at in range(0, len(paths), count):
-            part = slice(at, at + count)
-            some = paths[part]
-            ids = torch.tensor([[*path, *[0] * (width - len(path))] for path in some], device=device)
-            where = torch.tensor(rows[part], device=device)
-            held_here = torch.tensor(held[part], device=device)
-            kept = Borrowed(self.own, where)
-            last = torch.tensor([[len(path) - 1] for path in some], device=device)
-            hidden = self._decoder.extend(
-                ids,
-                self._prefix.select(where),
-                kept,
-                slice(0, len(some)),
-                held_here,
-                max(held[part]),
-                last if width > 1 else None,
-            )
-            scores.append(F.log_softmax(self._answering.scored(hidden, None, None)[:, 0], dim=-1))
-        return torch.cat(scores)
-
-
-class Borrowed(Continuations):
-    """Copies of some rows' keys, so that what is tried leaves the rows as they are."""
-
-    def __init__(self, own: Continuations, rows: torch.Tensor) -> None:
-        self.keys = [x[rows] for x in own.keys]
-        self.values = [x[rows] for x in own.values]
+def consecutive(rows: Sequence[int], device: torch.device) -> slice | torch.Tensor:
+    """Rows as a slice where they follow one another, which copies nothing."""
+    if list(rows) == list(range(rows[0], rows[0] + len(rows))):
+        return slice(rows[0], rows[-1] + 1)
+    return torch.tensor(rows, device=device)

@@ -29,7 +29,7 @@ class AnswerReader:
         """
         text = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         confidences = self._confidences(ids, chances)
-        return Answer(text, tuple(ids), confidences[-1] if confidences else 0.0, confidences)
+        return Answer(text, tuple(ids), min(confidences, default=0.0), confidences)
 
     def _confidences(self, ids: Sequence[int], chances: Sequence[float]) -> tuple[float, ...]:
         pieces = [self._piece(token) for token in ids]

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from depthlm_ros.engines.digits import NumberDistribution
 
 
 @dataclass(frozen=True)
@@ -61,15 +64,24 @@ class Answer:
     Attributes:
         text: decoded text without special tokens.
         token_ids: the generated ids, end-of-sequence included where it was reached.
-        confidence: probability of the tokens that carry the last number in the answer, the product
-            of their greedy probabilities in [0, 1]; 0 when there is no number.
+        confidence: probability of the number in the answer: the product of the greedy probabilities of its tokens,
+            in [0, 1]; of several numbers the least sure one, since one that is said again is sure to be the same;
+            0 when there is no number.
         confidences: the same of every number in the answer, in their order.
+        numbers: what else each number could have been, where it was asked for; a number that only repeats the one
+            before it is left out.
     """
 
     text: str
     token_ids: tuple[int, ...]
     confidence: float
     confidences: tuple[float, ...] = ()
+    numbers: tuple[NumberDistribution, ...] = ()
+
+    @property
+    def number(self) -> NumberDistribution | None:
+        """The distribution of the first number, None where there is none."""
+        return self.numbers[0] if self.numbers else None
 
 
 class Engine(Protocol):
@@ -78,13 +90,46 @@ class Engine(Protocol):
     info: EngineInfo
     grid: ImageGrid
 
-    def answer_shared(self, image: np.ndarray, questions: Sequence[str], max_new_tokens: int) -> list[Answer]:
-        """Answers many questions about one (H, W, 3) uint8 RGB image, encoded once."""
+    def answer_shared(
+        self,
+        image: np.ndarray,
+        questions: Sequence[str],
+        max_new_tokens: int,
+        *,
+        expects: str | None = None,
+        distribution: bool = False,
+    ) -> list[Answer]:
+        """Answers many questions about one (H, W, 3) uint8 RGB image, encoded once.
 
-    def answer_about(self, images: Sequence[np.ndarray], questions: Sequence[str], max_new_tokens: int) -> list[Answer]:
+        Args:
+            image: what they are about.
+            questions: texts.
+            max_new_tokens: longest answer.
+            expects: the sentence that the model was trained to answer with, "{number}" where each number stands and
+                "{same}" where the one before is repeated. It may save time and changes no answer.
+            distribution: also give the distribution of each answer's numbers.
+        """
+
+    def answer_about(
+        self,
+        images: Sequence[np.ndarray],
+        questions: Sequence[str],
+        max_new_tokens: int,
+        *,
+        expects: str | None = None,
+        distribution: bool = False,
+    ) -> list[Answer]:
         """Answers many questions about the same images of any sizes, shown in this order and encoded once."""
 
-    def answer_each(self, images: Sequence[np.ndarray], questions: Sequence[str], max_new_tokens: int) -> list[Answer]:
+    def answer_each(
+        self,
+        images: Sequence[np.ndarray],
+        questions: Sequence[str],
+        max_new_tokens: int,
+        *,
+        expects: str | None = None,
+        distribution: bool = False,
+    ) -> list[Answer]:
         """Answers question i about image i."""
 
     def depth_map(self, image: np.ndarray, question: str) -> np.ndarray:

@@ -133,6 +133,28 @@ class Continuations:
                 kept[:] = [F.pad(x, (0, 0, 0, 0, 0, more)) for x in kept]
 
 
+@dataclass(frozen=True)
+class Places:
+    """Where new tokens of continuations go, and what they see.
+
+    Attributes:
+        slots: (B, T) where their keys are stored.
+        turned: (B, T) their rotary positions, counted from the end of the prefix.
+        seen: (B, T, S) bool, the stored keys that each of them sees, itself included.
+    """
+
+    slots: torch.Tensor
+    turned: torch.Tensor
+    seen: torch.Tensor
+
+    @classmethod
+    def following(cls, held: Sequence[int], length: int, device: torch.device) -> Places:
+        """`length` new tokens after the tokens that each row holds."""
+        slots = torch.tensor(held, device=device)[:, None] + torch.arange(length, device=device)
+        seen = torch.arange(max(held) + length, device=device) <= slots[..., None]
+        return cls(slots, slots, seen)
+
+
 class Decoder:
     """The layers of Qwen3-VL's, Qwen2.5-VL's and Pixtral's (Mistral's) language models.
 
@@ -236,11 +258,8 @@ class Decoder:
         prefix: Prefix,
         own: Continuations,
         rows: slice | torch.Tensor,
-        start: torch.Tensor | None = None,
-        held: int = 0,
+        places: Places | None = None,
         keep: torch.Tensor | None = None,
-        mask: torch.Tensor | None = None,
-        depth: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Runs new tokens of some continuations and stores their keys.
 
@@ -249,55 +268,43 @@ class Decoder:
             prefix: shared, or with the B rows of these continuations.
             own: where keys are stored.
             rows: which rows of `own` these are; a slice where they follow one another.
-            start: (B,) tokens that each row holds already; None for the first pass, 0 in all rows.
-            held: the largest of them.
+            places: where the tokens go and what they see; None for the first ones of all rows.
             keep: (B, k) which of the T tokens are read; None reads all.
-            mask: (B, T, T) bool, which new tokens each new token sees, where it isn't all up to itself (a tree).
-            depth: (B, T) places of the new tokens counted from `start`, where they aren't 0 ... T - 1 (a tree).
 
         Returns:
             (B, k, C) normed last states.
         """
         count, length = ids.shape
-        first = start is None
         steps = torch.arange(length, device=ids.device)
-        if start is None:
-            start = torch.zeros(count, dtype=torch.long, device=ids.device)
-        places = start[:, None] + steps
-        turned = steps[None] if first else start[:, None] + (steps if depth is None else depth)
+        turned = steps[None] if places is None else places.turned
         cos, sin = self._text_turns(prefix.next_position + turned)
-        if not first:
-            span = length + held
-            own.reserve(span)
-            seen = self._seen(start, span, length, mask)
+        if places is not None:
+            own.reserve(places.seen.shape[-1])
         x = self.embed(ids).reshape(count * length, -1)
         for number, layer in enumerate(self.layers):
             normed = self._normed(x, layer.norm)
             last = number + 1 == len(self.layers) and keep is not None
             if last:
                 chosen = (torch.arange(count, device=ids.device)[:, None] * length + keep).flatten()
-                x = x[chosen]
-                query_cos, query_sin = (t.expand(count, -1, -1, -1).flatten(0, 1)[chosen] for t in (cos, sin))
-                turns = tuple(t.view(count, -1, *t.shape[1:]) for t in (query_cos, query_sin))
-                query, key, value = self._project(layer, normed, normed[chosen], count, length, cos, sin, turns)
+                x, turned = x[chosen], turned.expand(count, -1).gather(1, keep)
+                kept_turns = self._text_turns(prefix.next_position + turned)
+                query, key, value = self._project(layer, normed, normed[chosen], count, length, cos, sin, kept_turns)
             else:
                 query, key, value = self._project(layer, normed, normed, count, length, cos, sin)
-            if first:
+            if places is None:
                 own.keys[number][rows, :length] = key
                 own.values[number][rows, :length] = value
-                visible = (steps[None, None] <= keep[..., None]) if last else None
-                ours = self.own_attention(query, key, value, visible, not last)
+                seen = None
+                if last or (layer.window is not None and layer.window < length):
+                    seen = steps <= (keep[..., None] if last else steps[None, :, None])
             else:
-                at = torch.arange(len(own.keys[number]), device=ids.device)[rows] if isinstance(rows, slice) else rows
-                own.keys[number][at[:, None], places] = key
-                own.values[number][at[:, None], places] = value
-                visible = seen
-                if last:
-                    visible = seen.gather(1, keep[..., None].expand(-1, -1, seen.shape[-1]))
-                ours = self.own_attention(
-                    query, own.keys[number][rows, :span], own.values[number][rows, :span], visible, False
-                )
-            theirs = self._to_prefix(layer, query, prefix, number, (turned if not last else _kept(turned, keep)))
+                key, value = self._stored(own, number, rows, places, key, value)
+                seen = places.seen.gather(1, keep[..., None].expand(-1, -1, len(key[0]))) if last else places.seen
+            if layer.window is not None and layer.window < key.shape[1]:
+                slots = torch.arange(key.shape[1], device=ids.device)
+                seen = seen & (slots > turned[..., None] - layer.window)
+            ours = self.own_attention(query, key, value, seen, seen is None)
+            theirs = self._to_prefix(layer, query, prefix, number, turned)
             x = self._finish(layer, x, merge(ours, theirs).reshape(len(x), -1))
         return self._normed(x, self._norm).view(count, -1, x.shape[-1])
 
@@ -354,15 +361,21 @@ class Decoder:
         output, total = self.prefix_attention(query.reshape(1, count * length, heads, size), key, value, mask, False)
         return output.reshape(count, length, heads, size), total.reshape(count, length, heads, 1)
 
-    def _seen(self, start: torch.Tensor, span: int, length: int, mask: torch.Tensor | None) -> torch.Tensor:
-        """(B, T, span) bool: the tokens that each row held before, and those new ones that each new one sees."""
-        slots = torch.arange(span, device=start.device)
-        if mask is None:
-            return slots <= (start[:, None] + torch.arange(length, device=start.device))[..., None]
-        before = (slots < start[:, None])[:, None].expand(-1, length, -1)
-        new = (slots - start[:, None]).clamp(0, length - 1)[:, None].expand(-1, length, -1)
-        inside = ((slots >= start[:, None]) & (slots < start[:, None] + length))[:, None]
-        return before | (mask.gather(2, new) & inside)
+    @staticmethod
+    def _stored(
+        own: Continuations,
+        number: int,
+        rows: slice | torch.Tensor,
+        places: Places,
+        key: torch.Tensor,
+        value: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Stores new keys and values, and gives all that these rows hold."""
+        span = places.seen.shape[-1]
+        at = torch.arange(own.rows, device=key.device)[rows] if isinstance(rows, slice) else rows
+        own.keys[number][at[:, None], places.slots] = key
+        own.values[number][at[:, None], places.slots] = value
+        return own.keys[number][rows, :span], own.values[number][rows, :span]
 
     def _project(
         self,
@@ -446,7 +459,3 @@ def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor
 def _within(at: torch.Tensor, keys: int, window: int) -> torch.Tensor:
     """(len(at), keys) bool: keys that a sliding window lets a token at this place of the sequence see."""
     return torch.arange(keys, device=at.device) > at[:, None] - window
-
-
-def _kept(turned: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
-    return turned.expand(len(keep), -1).gather(1, keep)

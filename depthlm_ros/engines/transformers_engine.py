@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from depthlm_ros.engines.answering import Answering, Work
+from depthlm_ros.engines.answering import Answering, Group, Work
 from depthlm_ros.engines.answers import AnswerReader
 from depthlm_ros.engines.base import Answer, EngineInfo, ImageGrid
 from depthlm_ros.engines.batches import Batch, PlainPrefix, shared_length
@@ -24,12 +25,14 @@ from depthlm_ros.engines.checkpoint import Checkpoint, open_checkpoint
 from depthlm_ros.engines.decoder import Decoder, Prefix
 from depthlm_ros.engines.dense_head import MLPDepthHead, head_features, load_head, unsupported_head
 from depthlm_ros.engines.devices import choose_placement
+from depthlm_ros.engines.digits import DigitGrammar, NumberDistribution, expand_numbers
 from depthlm_ros.engines.dpt_head import DPTDepthHead
 from depthlm_ros.engines.loading import load_model
 from depthlm_ros.engines.plain import PlainPath
 from depthlm_ros.engines.planner import Planner
 from depthlm_ros.engines.processor import ImageInputs, PromptProcessor
 from depthlm_ros.engines.speculation import Sentence
+from depthlm_ros.engines.trees import NumberTrees, number_starts
 from depthlm_ros.errors import DialectError, EngineError, ModelError
 
 
@@ -341,10 +344,32 @@ class TransformersEngine:
         shared = shared_length(prompts)
         suffixes = [ids[shared:] for ids in prompts]
         if self._answering is None:
+            if distribution:
+                raise EngineError("the plain path gives no distribution of numbers; load the model without plain=True")
             return self._answer_plainly(self.plain_prefill(prompts[0][:shared], *inputs), suffixes, max_new_tokens)
         prefix = self.prefill(prompts[0][:shared], *inputs)
-        rows = self._answering.answer(prefix, suffixes, max_new_tokens, self._sentence(expects))
-        return [self._reader.answer(row.said, row.chances) for row in rows]
+        numbers: dict[int, tuple[NumberDistribution, ...]] = {}
+
+        def expand(places: list[int], group: Group) -> None:
+            numbers.update(zip(places, self._distributions(group), strict=True))
+
+        rows = self._answering.answer(
+            prefix, suffixes, max_new_tokens, self._sentence(expects), finished=expand if distribution else None
+        )
+        answers = [self._reader.answer(row.said, row.chances) for row in rows]
+        return [replace(answer, numbers=numbers.get(at, ())) for at, answer in enumerate(answers)]
+
+    def _distributions(self, group: Group) -> list[tuple[NumberDistribution, ...]]:
+        """Of each row's numbers what else they could have been. The rows' keys are lost."""
+        starts = [number_starts(row.said, self._digits.ids) for row in group.rows]
+        found: list[list[NumberDistribution]] = [[] for _ in starts]
+        # The last numbers first, since a number's alternatives overwrite what follows it.
+        for which in reversed(range(max(map(len, starts), default=0))):
+            rows = [row for row, places in enumerate(starts) if len(places) > which]
+            trees = NumberTrees(self._answering, group, rows, [starts[row][which] for row in rows], self._digits.ids)
+            for row, number in zip(rows, expand_numbers(trees.start(), trees.forward, self._digits), strict=True):
+                found[row].insert(0, number)
+        return [tuple(numbers) for numbers in found]
 
     def _answer_plainly(
         self, prefix: PlainPrefix, suffixes: Sequence[Sequence[int]], max_new_tokens: int
@@ -358,6 +383,10 @@ class TransformersEngine:
             said = self._plain.decode(prefix, [suffixes[row] for row in rows], max_new_tokens)
             answers.update({row: self._reader.answer(*one) for row, one in zip(rows, said, strict=True)})
         return [answers[row] for row in range(len(suffixes))]
+
+    @cached_property
+    def _digits(self) -> DigitGrammar:
+        return DigitGrammar(self.processor.tokenizer)
 
     def _sentence(self, expects: str | None) -> Sentence | None:
         if expects is None:
