@@ -59,6 +59,8 @@ class EuclideanDistance:
 
 
 DEPTH_KINDS = {"z": ZDepth, "euclidean": EuclideanDistance}
+# What a result holds where the distribution of the digits was asked for.
+DISTRIBUTION = ("std_m", "sigma_log", "greedy_m", "median_m", "mean_m")
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,12 @@ class DepthResult:
         timing_s: seconds spent by stage name.
         shifted: (N,) bool, True where the dialect can't refer to the pixel itself and the depth is that of the nearest
             pixel it can refer to; `pixels` keeps the asked one.
+        std_m: (N,) float32 standard deviation of the depth that the model might have said, NaN where there is no
+            answer; None, as the four below, where the distribution of the digits wasn't asked for.
+        sigma_log: (N,) float32 standard deviation of its natural logarithm.
+        greedy_m: (N,) float32 the depth that was said, likeliest digit after likeliest digit.
+        median_m: (N,) float32 half of the probability lies on each side.
+        mean_m: (N,) float32 expected depth.
     """
 
     pixels: np.ndarray
@@ -86,6 +94,11 @@ class DepthResult:
     answers: tuple[str, ...] = ()
     timing_s: dict[str, float] = field(default_factory=dict)
     shifted: np.ndarray | None = None
+    std_m: np.ndarray | None = None
+    sigma_log: np.ndarray | None = None
+    greedy_m: np.ndarray | None = None
+    median_m: np.ndarray | None = None
+    mean_m: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         n = len(self.pixels)
@@ -93,7 +106,8 @@ class DepthResult:
             object.__setattr__(self, "shifted", np.zeros(n, bool))
         if self.pixels.shape != (n, 2):
             raise PixelError(f"pixels have shape {self.pixels.shape}; pass an (N, 2) array of (u, v)")
-        for name in ("depth_m", "confidence", "asked", "shifted"):
+        optional = [name for name in DISTRIBUTION if getattr(self, name) is not None]
+        for name in ("depth_m", "confidence", "asked", "shifted", *optional):
             if getattr(self, name).shape != (n,):
                 raise PixelError(f"{name} has shape {getattr(self, name).shape} for {n} pixels; it must be ({n},)")
 

@@ -7,15 +7,19 @@ points = camera.unproject(result.pixels, result.depth_m)
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from types import TracebackType
+from typing import NamedTuple
 
 import numpy as np
 
+from depthlm_ros.calibration import Calibration, Kind
 from depthlm_ros.camera import Camera, UnifiedView, unify
 from depthlm_ros.cards import ModelCard, load_card
 from depthlm_ros.config import POINTS_IN_WORDS
@@ -23,6 +27,7 @@ from depthlm_ros.depth import DEPTH_KINDS, DepthResult, ZDepth
 from depthlm_ros.engines import load_engine
 from depthlm_ros.engines.base import Answer, Engine
 from depthlm_ros.errors import ConfigError, PixelError, unknown_choice
+from depthlm_ros.expectation import Expected, check_distribution
 from depthlm_ros.map_reading import MapReader, map_reader
 from depthlm_ros.markers import MARGIN_PX, draw_arrow, drawable
 from depthlm_ros.prompts import (
@@ -56,13 +61,22 @@ class Estimator:
         engine: who answers.
         policy: how images are brought to the model's focal length.
         default_dialect: spoken when `estimate` isn't told another; None where the model isn't asked for depth.
+        calibration: what confidences are worth; None leaves them as the model states them.
     """
 
-    def __init__(self, card: ModelCard, engine: Engine, policy: str | None = None, dialect: str | None = None) -> None:
+    def __init__(
+        self,
+        card: ModelCard,
+        engine: Engine,
+        policy: str | None = None,
+        dialect: str | None = None,
+        calibration: Calibration | None = None,
+    ) -> None:
         self.card = card
         self.engine = engine
         self.policy = policy or card.policy
         self.default_dialect = _dialect(card, dialect)
+        self.calibration = calibration
 
     @classmethod
     def load(
@@ -76,6 +90,7 @@ class Estimator:
         batch_size: int = 64,
         commercial_use: bool = False,
         depth_kind: str | None = None,
+        calibration: str | Path | None = None,
     ) -> Estimator:
         """Loads a model.
 
@@ -89,6 +104,7 @@ class Estimator:
             commercial_use: whether the answers serve a commercial purpose.
             depth_kind: what the answers are taken for, "z" or "euclidean"; None takes the card's, which for a model
                 that learnt from both is a choice.
+            calibration: a file that `depthlm evaluate` wrote, so that confidences are shares of right depths.
 
         Raises:
             LicenceError: `commercial_use` of a model whose licence forbids it.
@@ -100,8 +116,9 @@ class Estimator:
         if depth_kind is not None:
             card = replace(card, depth_kind=depth_kind)
         _dialect(card, dialect)
+        curve = Calibration.load(calibration) if calibration else None
         engine = load_engine(source, card, device=device, dtype=dtype, batch_size=batch_size)
-        return cls(card, engine, policy, dialect)
+        return cls(card, engine, policy, dialect, curve)
 
     @property
     def dialects(self) -> tuple[str, ...]:
@@ -152,6 +169,8 @@ class Estimator:
         undrawable: str = "report",
         points_per_question: int = 1,
         view: UnifiedView | None = None,
+        distribution: bool = False,
+        depth_value: str = "greedy",
     ) -> DepthResult:
         """Measures z-depth at pixels of one image.
 
@@ -169,18 +188,25 @@ class Estimator:
             points_per_question: points that a question of the compact dialect asks about; the last one may have
                 fewer. An answer that can't be read loses all of its points. The other dialects ask about one.
             view: what `prepare` made of this image and camera; None has it made here.
+            distribution: also ask how the model's belief is spread over numbers, which costs about 15 more short
+                passes a point, at most 25 (`engines.digits`).
+            depth_value: what `depth_m` is: "greedy", the number that was said, or "median" or "mean" of the
+                distribution, which are better guesses and need it.
 
         Returns:
             A row for each pixel, in their order; pixels that the dialect can't refer to have `asked` False.
-            Confidence is the probability of the number that was said in the text dialects; in the dense dialect it
+            Confidence is the probability of the numbers that were said in the text dialects, or with the distribution
+            the probability that it gives to depths within a factor 1.25 of `depth_m`; in the dense dialect it
             is how flat the map is around the pixel (1 - relative spread of its four neighbours), which is no
-            probability but falls where a point would fly between two surfaces.
+            probability but falls where a point would fly between two surfaces. With a `calibration` it is the share
+            of depths that were right at this confidence.
 
         Raises:
             ImageError, CameraError, PixelError: bad input.
             DialectError: the model doesn't speak the dialect.
-            ConfigError: a `readout` that this model, policy or dialect doesn't have, an unknown `undrawable`, or more
-                `points_per_question` than the model was trained on.
+            ConfigError: a `readout` that this model, policy or dialect doesn't have, an unknown `undrawable`, more
+                `points_per_question` than the model was trained on, a `distribution` where there is none, or a
+                calibration of other confidences.
             EngineError: the engine failed.
         """
         dialect = self.card.require_dialect(dialect or self.default_dialect)
@@ -189,6 +215,9 @@ class Estimator:
             raise ConfigError(unknown_choice("undrawable", undrawable, UNDRAWABLE))
         if dialect == "compact":
             self.card.answer_template(dialect, points_per_question)
+        check_distribution(distribution, depth_value, dialect, points_per_question)
+        if self.calibration is not None:
+            self.calibration.require(Kind(self.card.name, dialect, depth_value, distribution))
         if pixels is None:
             whole = dialect == "dense"
             pixels = stride_pixels(camera.width, camera.height, 1) if whole else sample_pixels(
@@ -204,30 +233,40 @@ class Estimator:
             shifted = np.zeros(len(pixels), bool)
             if dialect == "marker":
                 at, asked, shifted = _marker_places(view, at, asked, undrawable)
-        compact = partial(self._compact, each=points_per_question)
+        # Only said when it is wanted: an engine may not know what it is.
+        options = {"distribution": True} if distribution else {}
         ask = {
             "dense": self._dense,
-            "coordinates": self._coordinates,
-            "marker": self._marker,
-            "compact": compact,
+            "coordinates": partial(self._coordinates, options=options),
+            "marker": partial(self._marker, options=options),
+            "compact": partial(self._compact, each=points_per_question, options=options),
         }[dialect]
         if readout == "published":
             on_map = readout_pixels(undistorted_pixels(camera, pixels), camera, self.card.focal_px)
             ask = partial(self._dense, on_map=on_map)
-        metres, confidence, asked, answers = ask(view, at, asked, clock, progress or _no_progress)
+        metres, confidence, asked, answers, expected = ask(view, at, asked, clock, progress or _no_progress)
         with clock("geometry"):
-            answered = DEPTH_KINDS[self.card.depth_kind](metres)
-            z = answered if isinstance(answered, ZDepth) else answered.to_z(_rays(camera, view, pixels, at, shifted))
-            good = np.isfinite(z.metres) & asked
+            kind = DEPTH_KINDS[self.card.depth_kind]
+            rays = None if kind is ZDepth else _rays(camera, view, pixels, at, shifted)
+
+            def to_z(values: np.ndarray) -> np.ndarray:
+                return kind(values).to_z(rays).metres
+
+            depth_m = to_z(metres if expected is None else expected.depth(metres, depth_value))
+            good = np.isfinite(depth_m) & asked
+            confidence = confidence if expected is None else expected.near[depth_value]
+            if self.calibration is not None:
+                confidence = self.calibration.apply(confidence)
         return DepthResult(
             pixels=pixels,
-            depth_m=np.where(good, z.metres, np.nan).astype(np.float32),
+            depth_m=np.where(good, depth_m, np.nan).astype(np.float32),
             confidence=np.where(good, confidence, 0).astype(np.float32),
             asked=asked,
             dialect=dialect,
             answers=answers,
             timing_s=clock.seconds,
             shifted=shifted,
+            **({} if expected is None else expected.fields(metres, to_z, good)),
         )
 
     def askable(
@@ -291,22 +330,27 @@ class Estimator:
             metres, spread = reader.read_with_spread(depth)
             confidence = 1 - spread
         progress(len(at))
-        return metres, confidence, asked, ()
+        return _Said(metres, confidence, asked, ())
 
-    def _coordinates(self, view: UnifiedView, at: np.ndarray, asked: np.ndarray, clock: _Clock, progress: Progress):
+    def _coordinates(
+        self, view: UnifiedView, at: np.ndarray, asked: np.ndarray, clock: _Clock, progress: Progress, options: dict
+    ) -> _Said:
         with clock("prompt"):
             view_size = view.camera.width, view.camera.height
             rows, questions = _coordinates_questions(at, asked, view_size, self.card.coordinate_range)
         with clock("model"):
             # The whole frame in one call: the image is encoded and its prefix prefilled once.
-            answers = self._ask(view, questions, self.card.max_new_tokens, self.card.answer_template("coordinates"))
+            options = {"expects": self.card.answer_template("coordinates"), **options}
+            answers = self._ask(view, questions, self.card.max_new_tokens, options)
         progress(len(at))
-        return self._read(answers, rows, asked)
+        return self._read(answers, rows, asked, "distribution" in options)
 
-    def _ask(self, view: UnifiedView, questions: Sequence[str], budget: int, expects: str) -> list[Answer]:
-        return self.engine.answer_shared(view.image, questions, budget, expects=expects) if questions else []
+    def _ask(self, view: UnifiedView, questions: Sequence[str], budget: int, options: dict) -> list[Answer]:
+        return self.engine.answer_shared(view.image, questions, budget, **options) if questions else []
 
-    def _marker(self, view: UnifiedView, at: np.ndarray, asked: np.ndarray, clock: _Clock, progress: Progress):
+    def _marker(
+        self, view: UnifiedView, at: np.ndarray, asked: np.ndarray, clock: _Clock, progress: Progress, options: dict
+    ) -> _Said:
         rows = np.flatnonzero(asked)
         answers: list[Answer] = []
         for start in range(0, len(rows), _CHUNK):
@@ -315,20 +359,28 @@ class Estimator:
                 images = [draw_arrow(view.image, (u, v)) for u, v in at[some].astype(int).tolist()]
             with clock("model"):
                 questions = [marker_question()] * len(images)
-                expects = self.card.answer_template("marker")
-                answers += self.engine.answer_each(images, questions, self.card.max_new_tokens, expects=expects)
+                options = {"expects": self.card.answer_template("marker"), **options}
+                answers += self.engine.answer_each(images, questions, self.card.max_new_tokens, **options)
             progress(len(some))
-        return self._read(answers, rows, asked)
+        return self._read(answers, rows, asked, "distribution" in options)
 
     def _compact(
-        self, view: UnifiedView, at: np.ndarray, asked: np.ndarray, clock: _Clock, progress: Progress, each: int
-    ):
+        self,
+        view: UnifiedView,
+        at: np.ndarray,
+        asked: np.ndarray,
+        clock: _Clock,
+        progress: Progress,
+        each: int,
+        options: dict,
+    ) -> _Said:
         with clock("prompt"):
             view_size = view.camera.width, view.camera.height
             rows, questions = _compact_questions(at, asked, view_size, self.card.compact_range, each)
         budget = max(self.card.max_new_tokens, each * LONGEST_NUMBER)
         with clock("model"):
-            answers = self._ask(view, questions, budget, self.card.answer_template("compact", each))
+            options = {"expects": self.card.answer_template("compact", each), **options}
+            answers = self._ask(view, questions, budget, options)
         progress(len(at))
         metres = np.full(len(asked), np.nan, np.float32)
         confidence = np.zeros(len(asked), np.float32)
@@ -340,18 +392,33 @@ class Estimator:
                 metres[some], confidence[some] = depths, answer.confidences or answer.confidence
             for row in some:
                 texts[row] = answer.text
-        return metres, confidence, asked, tuple(texts)
+        # With several points an answer there is no distribution: check_distribution.
+        expected = Expected.of(answers, rows, len(asked)) if "distribution" in options else None
+        return _Said(metres, confidence, asked, tuple(texts), expected)
 
     @staticmethod
-    def _read(answers: list[Answer], rows: np.ndarray, asked: np.ndarray):
+    def _read(answers: list[Answer], rows: np.ndarray, asked: np.ndarray, distribution: bool) -> _Said:
         metres = np.full(len(asked), np.nan, np.float32)
         confidence = np.zeros(len(asked), np.float32)
         texts = [""] * len(asked)
         metres[rows] = parse_depths(answer.text for answer in answers)
-        confidence[rows] = [answer.confidence for answer in answers]
+        # The published answer says its number twice; the second time it is copied, and sure.
+        confidence[rows] = [math.prod(answer.confidences) if answer.confidences else answer.confidence
+                            for answer in answers]  # fmt: skip
         for row, answer in zip(rows, answers, strict=True):
             texts[row] = answer.text
-        return metres, confidence, asked, tuple(texts)
+        expected = Expected.of(answers, rows, len(asked)) if distribution else None
+        return _Said(metres, confidence, asked, tuple(texts), expected)
+
+
+class _Said(NamedTuple):
+    """Answers about pixels: (N,) metres of the model's kind, (N,) confidence, (N,) asked, texts, distributions."""
+
+    metres: np.ndarray
+    confidence: np.ndarray
+    asked: np.ndarray
+    texts: tuple[str, ...]
+    expected: Expected | None = None
 
 
 class _Clock:
