@@ -7,7 +7,6 @@ points = camera.unproject(result.pixels, result.depth_m)
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -195,7 +194,7 @@ class Estimator:
 
         Returns:
             A row for each pixel, in their order; pixels that the dialect can't refer to have `asked` False.
-            Confidence is the probability of the numbers that were said in the text dialects, or with the distribution
+            Confidence is the probability of the number that was said in the text dialects, or with the distribution
             the probability that it gives to depths within a factor 1.25 of `depth_m`; in the dense dialect it
             is how flat the map is around the pixel (1 - relative spread of its four neighbours), which is no
             probability but falls where a point would fly between two surfaces. With a `calibration` it is the share
@@ -233,7 +232,6 @@ class Estimator:
             shifted = np.zeros(len(pixels), bool)
             if dialect == "marker":
                 at, asked, shifted = _marker_places(view, at, asked, undrawable)
-        # Only said when it is wanted: an engine may not know what it is.
         options = {"distribution": True} if distribution else {}
         ask = {
             "dense": self._dense,
@@ -402,9 +400,7 @@ class Estimator:
         confidence = np.zeros(len(asked), np.float32)
         texts = [""] * len(asked)
         metres[rows] = parse_depths(answer.text for answer in answers)
-        # The published answer says its number twice; the second time it is copied, and sure.
-        confidence[rows] = [math.prod(answer.confidences) if answer.confidences else answer.confidence
-                            for answer in answers]  # fmt: skip
+        confidence[rows] = [answer.confidence for answer in answers]
         for row, answer in zip(rows, answers, strict=True):
             texts[row] = answer.text
         expected = Expected.of(answers, rows, len(asked)) if distribution else None
