@@ -70,6 +70,11 @@ class Calibration:
                 "`depthlm evaluate`"
             )
 
+    @property
+    def about(self) -> str:
+        """What it was fitted to, in words."""
+        return f"on {self.points} depths in {self.frames} images; for {self.kind or 'whatever is given'}"
+
     @classmethod
     def fit(
         cls, confidence: np.ndarray, right: np.ndarray, frames: np.ndarray | None = None, kind: Kind | None = None
@@ -101,13 +106,17 @@ class Calibration:
         curve = np.interp(confidence, self.said, self.right)
         return np.where(np.asarray(confidence) > 0, curve, 0).astype(np.float32)
 
+    def fits(self, kind: Kind) -> bool:
+        """Whether confidences are of the kind that this was fitted to."""
+        return self.kind is None or self.kind == kind
+
     def require(self, kind: Kind) -> None:
         """Checks that confidences are of the kind that this was fitted to.
 
         Raises:
             ConfigError: they are of another kind.
         """
-        if self.kind is not None and self.kind != kind:
+        if not self.fits(kind):
             raise ConfigError(
                 f"the calibration is for {self.kind}; these confidences are of {kind}. Give the parameters it was "
                 "fitted with, or fit one with `depthlm evaluate` and these"

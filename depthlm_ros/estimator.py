@@ -134,6 +134,7 @@ class Estimator:
             f"engine {info.engine} on {info.device} in {info.dtype}: {'; '.join(info.reasons)}",
             self.card.about,
             *(f"assumed: {assumption}" for assumption in self.card.assumptions),
+            *([] if self.calibration is None else [f"confidences calibrated {self.calibration.about}"]),
         ]
 
     def _describe_depth(self) -> str:
@@ -197,15 +198,14 @@ class Estimator:
             Confidence is the probability of the number that was said in the text dialects, or with the distribution
             the probability that it gives to depths within a factor 1.25 of `depth_m`; in the dense dialect it
             is how flat the map is around the pixel (1 - relative spread of its four neighbours), which is no
-            probability but falls where a point would fly between two surfaces. With a `calibration` it is the share
-            of depths that were right at this confidence.
+            probability but falls where a point would fly between two surfaces. With a `calibration` of
+            confidences of this kind it is the share of depths that were right.
 
         Raises:
             ImageError, CameraError, PixelError: bad input.
             DialectError: the model doesn't speak the dialect.
             ConfigError: a `readout` that this model, policy or dialect doesn't have, an unknown `undrawable`, more
-                `points_per_question` than the model was trained on, a `distribution` where there is none, or a
-                calibration of other confidences.
+                `points_per_question` than the model was trained on, or a `distribution` where there is none.
             EngineError: the engine failed.
         """
         dialect = self.card.require_dialect(dialect or self.default_dialect)
@@ -215,8 +215,6 @@ class Estimator:
         if dialect == "compact":
             self.card.answer_template(dialect, points_per_question)
         check_distribution(distribution, depth_value, dialect, points_per_question)
-        if self.calibration is not None:
-            self.calibration.require(Kind(self.card.name, dialect, depth_value, distribution))
         if pixels is None:
             whole = dialect == "dense"
             pixels = stride_pixels(camera.width, camera.height, 1) if whole else sample_pixels(
@@ -253,7 +251,8 @@ class Estimator:
             depth_m = to_z(metres if expected is None else expected.depth(metres, depth_value))
             good = np.isfinite(depth_m) & asked
             confidence = confidence if expected is None else expected.near[depth_value]
-            if self.calibration is not None:
+            said = Kind(self.card.name, dialect, depth_value, distribution)
+            if self.calibration is not None and self.calibration.fits(said):
                 confidence = self.calibration.apply(confidence)
         return DepthResult(
             pixels=pixels,

@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from depthlm_ros.assistant import Assistant
+from depthlm_ros.calibration import Kind
 from depthlm_ros.camera import camera_from_info
 from depthlm_ros.config import Parameters
 from depthlm_ros.depth import DepthResult, Frame
 from depthlm_ros.errors import DialectError
+from depthlm_ros.expectation import check_distribution
 from depthlm_ros.messages import decode_compressed, decode_image, header_stamp_ns
 from depthlm_ros.pose import RelativePose
 from depthlm_ros.queries import Query, keep_good, plan_query
@@ -77,17 +79,32 @@ def check_model(estimator: Estimator, parameters: Parameters) -> None:
 
     Raises:
         DialectError: it doesn't speak the dialect, or isn't for poses.
-        ConfigError: it can't be asked about so many points at once.
+        ConfigError: it can't be asked about so many points at once, `distribution` where there is none, or a
+            calibration of other confidences.
     """
     dialect = spoken_dialect(estimator, parameters)
     if dialect == "compact":
         estimator.card.answer_template(dialect, parameters.points_per_question)
+    if dialect is not None:
+        check_answers(estimator, parameters, dialect)
     if parameters.relative_pose and "pose" not in estimator.card.tasks:
         raise DialectError(
             f"relative_pose is true, but model {parameters.model} was not trained for pose, it is for "
             f"{', '.join(estimator.card.tasks)}; set relative_pose to false, or take a model whose card has the task "
             "pose, such as vlm3-pose"
         )
+
+
+def check_answers(estimator: Estimator, parameters: Parameters, dialect: str) -> None:
+    """Checks that the distribution can be had, and that the calibration is one of these confidences.
+
+    Raises:
+        ConfigError: it can't, or isn't.
+    """
+    distribution, value = parameters.distribution, parameters.depth_value
+    check_distribution(distribution, value, dialect, parameters.points_per_question)
+    if parameters.calibration:
+        estimator.calibration.require(Kind(estimator.card.name, dialect, value, distribution))
 
 
 class Inference:
@@ -205,7 +222,7 @@ class Inference:
             pixels,
             dialect=dialect,
             undrawable=parameters.undrawable,
-            points_per_question=parameters.points_per_question,
+            **parameters.answer_arguments(),
         )
 
     @staticmethod
