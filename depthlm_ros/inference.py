@@ -1,10 +1,12 @@
 """All that is done with the one loaded model: depth of a frame, questions about it, the pose since the frame before.
 
-It runs in the worker's thread, one call at a time. Knows messages as data, nothing of nodes and topics.
+It runs in the worker's thread, one call at a time, but for what is said to run in any. Knows messages as data, nothing
+of nodes and topics.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -13,7 +15,7 @@ import numpy as np
 
 from depthlm_ros.assistant import Assistant
 from depthlm_ros.calibration import Kind
-from depthlm_ros.camera import camera_from_info
+from depthlm_ros.camera import UnifiedView, camera_from_info
 from depthlm_ros.config import Parameters
 from depthlm_ros.depth import DepthResult, Frame
 from depthlm_ros.errors import DialectError
@@ -24,6 +26,21 @@ from depthlm_ros.queries import Query, keep_good, plan_query
 
 if TYPE_CHECKING:
     from depthlm_ros.estimator import Estimator
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A frame that is ready for the model.
+
+    Attributes:
+        frame: the image.
+        view: what the model will see of it; None where no depth was wanted when it was prepared.
+        timing_s: seconds by stage.
+    """
+
+    frame: Frame
+    view: UnifiedView | None
+    timing_s: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -121,7 +138,7 @@ class Inference:
         self._previous: tuple[object, Frame] | None = None
 
     def frame(self, message: Any, info: Any, *, compressed: bool, rectified: bool) -> Frame:
-        """Decodes an image message, or returns what it was decoded to before.
+        """Decodes an image message, or returns what it was decoded to before; in any thread.
 
         Args:
             message: sensor_msgs/Image or CompressedImage.
@@ -133,28 +150,51 @@ class Inference:
             ImageError: it can't be decoded.
             CameraError: an info that doesn't fit.
         """
-        if self._decoded is None or self._decoded[0] is not message:
+        decoded = self._decoded
+        if decoded is None or decoded[0] is not message:
             image = decode_compressed(message) if compressed else decode_image(message)
             height, width = image.shape[:2]
             camera = camera_from_info(info, (width, height), rectified)
-            self._decoded = message, Frame(image, camera, header_stamp_ns(message.header), message.header.frame_id)
-        return self._decoded[1]
+            frame = Frame(image, camera, header_stamp_ns(message.header), message.header.frame_id)
+            self._decoded = decoded = message, frame
+        return decoded[1]
 
-    def measure(self, frame: Frame, parameters: Parameters, whole: bool) -> Measurement:
+    def prepare(self, message: Any, info: Any, *, compressed: bool, rectified: bool, depth: bool) -> Prepared:
+        """Does what a frame needs before the model; in any thread, while the model is busy with the frame before.
+
+        Args:
+            message: sensor_msgs/Image or CompressedImage.
+            info: sensor_msgs/CameraInfo.
+            compressed: which of the two.
+            rectified: whether P or K and D of the info describe the image.
+            depth: whether depth will be measured.
+
+        Raises:
+            DepthLMError: as `frame` and `Estimator.prepare`.
+        """
+        started = time.perf_counter()
+        frame = self.frame(message, info, compressed=compressed, rectified=rectified)
+        decoded = time.perf_counter()
+        if not depth:
+            return Prepared(frame, None, {"decode": decoded - started})
+        view = self._estimator.prepare(frame.image, frame.camera)
+        return Prepared(frame, view, {"decode": decoded - started, "unify": time.perf_counter() - decoded})
+
+    def measure(self, prepared: Prepared, parameters: Parameters, whole: bool) -> Measurement:
         """Measures depth.
 
         Args:
-            frame: where.
+            prepared: where; what isn't prepared is made now.
             parameters: how.
             whole: somebody wants the depth image, see `plan_query`.
 
         Raises:
             DepthLMError: as `Estimator.estimate`.
         """
-        dialect = spoken_dialect(self._estimator, parameters)
+        frame, dialect = prepared.frame, spoken_dialect(self._estimator, parameters)
         height, width = frame.image.shape[:2]
         query = plan_query(parameters, dialect, width, height, whole)
-        answer = self._estimate(frame, query.pixels, dialect, parameters)
+        answer = self._estimate(frame, query.pixels, dialect, parameters, prepared.view)
         return Measurement(query, answer, keep_good(answer, parameters))
 
     def ask(self, frame: Frame, texts: Sequence[str], parameters: Parameters) -> list[str]:
@@ -215,13 +255,21 @@ class Inference:
         """Drops the frame that the next pose would be told from."""
         self._previous = None
 
-    def _estimate(self, frame: Frame, pixels: np.ndarray, dialect: str | None, parameters: Parameters) -> DepthResult:
+    def _estimate(
+        self,
+        frame: Frame,
+        pixels: np.ndarray,
+        dialect: str | None,
+        parameters: Parameters,
+        view: UnifiedView | None = None,
+    ) -> DepthResult:
         return self._estimator.estimate(
             frame.image,
             frame.camera,
             pixels,
             dialect=dialect,
             undrawable=parameters.undrawable,
+            view=view,
             **parameters.answer_arguments(),
         )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 import threading
 import time
 from collections import deque
@@ -10,7 +12,25 @@ from dataclasses import dataclass
 
 # Long enough for a steady figure, short enough to follow a change of dialect.
 _WINDOW_S = 10.0
-_WINDOW_FRAMES = 30
+_WINDOW_FRAMES = 100
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Seconds that a stage took: the median, and what 95 % of the frames don't exceed."""
+
+    median_s: float
+    most_s: float
+
+    @classmethod
+    def of(cls, seconds: list[float]) -> Latency:
+        """Of at least one frame."""
+        ordered = sorted(seconds)
+        return cls(statistics.median(ordered), ordered[math.ceil(0.95 * len(ordered)) - 1])
+
+    def __str__(self) -> str:
+        """In milliseconds."""
+        return f"{1000 * self.median_s:.1f} (95 %: {1000 * self.most_s:.1f})"
 
 
 @dataclass(frozen=True)
@@ -101,6 +121,15 @@ class Monitor:
         with self._lock:
             self._last_error = error
 
+    def latencies(self) -> dict[str, Latency]:
+        """What each stage of the last frames and questions took, in the order in which they went through them."""
+        with self._lock:
+            return self._latencies()
+
+    def _latencies(self) -> dict[str, Latency]:
+        stages = dict.fromkeys(stage for timing in self._timings for stage in timing)
+        return {stage: Latency.of([t[stage] for t in self._timings if stage in t]) for stage in stages}
+
     def report(self, state: str, received: int, dropped: int, warnings: list[str]) -> Status:
         """The state of things now.
 
@@ -133,9 +162,7 @@ class Monitor:
             }
             if self._poses or self._poses_unread:
                 values |= {"poses told": str(self._poses), "poses not readable": str(self._poses_unread)}
-            for stage in dict.fromkeys(stage for timing in self._timings for stage in timing):
-                seconds = [timing[stage] for timing in self._timings if stage in timing]
-                values[f"latency {stage} ms"] = f"{1000 * sum(seconds) / len(seconds):.1f}"
+            values |= {f"latency {stage} ms": str(latency) for stage, latency in self._latencies().items()}
             values["last error"] = self._last_error
             last_error = self._last_error
         if failed_now:

@@ -3,15 +3,15 @@
     ros2 run depthlm_ros depth_node --ros-args -r image:=/camera/image_raw
     python -m depthlm_ros.node --ros-args -r image:=/camera/image_raw -p points:=400
 
-The executor's thread only moves messages; decoding, inference and publishing happen in the worker's thread, so that
-parameters, lifecycle and shutdown answer while a frame is in work. One model and one thread do it all: the newest frame
-first, questions (`question_topics.py`) between frames. The image is subscribed to only while somebody listens to
-`points`, `depth`, `overlay` or `relative_pose`, or asks.
+The executor's thread only moves messages; decoding, inference and publishing happen in the worker's threads, so that
+parameters, lifecycle and shutdown answer while a frame is in work. One thread has the model: the newest frame first
+(`frames.py`), questions (`question_topics.py`) between frames. Beside it the next frame is prepared and the last one
+published. The image is subscribed to only while somebody listens to `points`, `depth`, `overlay` or `relative_pose`, or
+asks.
 """
 
 from __future__ import annotations
 
-import functools
 import os
 import sys
 import threading
@@ -30,17 +30,17 @@ from rclpy.executors import ExternalShutdownException
 from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
 from rclpy.parameter import Parameter
 from rclpy.qos import QoSProfile
-from sensor_msgs.msg import CompressedImage
+from sensor_msgs.msg import CameraInfo
 
 from depthlm_ros import qos
 from depthlm_ros.camera_input import CameraInput, Pair
 from depthlm_ros.config import NODE_NAME, Parameters
-from depthlm_ros.depth import Frame
 from depthlm_ros.errors import ConfigError, DepthLMError
+from depthlm_ros.frames import DEPTH_TOPICS, Arrival, FramePath
 from depthlm_ros.inference import Inference, check_model, spoken_dialect
 from depthlm_ros.middleware import use_large_message_profile
 from depthlm_ros.monitor import Monitor
-from depthlm_ros.outputs import DEPTH_OUTPUTS, POSE_OUTPUT, build_outputs, diagnostics_message, pose_message
+from depthlm_ros.outputs import DEPTH_OUTPUTS, POSE_OUTPUT, diagnostics_message
 from depthlm_ros.question_topics import QuestionTopics
 from depthlm_ros.ros_parameters import changed, declare
 from depthlm_ros.worker import Counts, Worker
@@ -53,9 +53,6 @@ _HOUSEKEEPING_S = 0.1
 _DIAGNOSTICS_S = 1.0
 # A camera can fail thirty times a second; a person reads one line of it.
 _LOG_INTERVAL_S = 5.0
-
-# Topics that depth is measured for; depth/camera_info alone is nothing to measure for.
-_DEPTH_TOPICS = ("points", "depth", "overlay")
 
 EstimatorFactory = Callable[[Parameters], "Estimator"]
 
@@ -94,7 +91,7 @@ class DepthNode(LifecycleNode):
         self.add_post_set_parameters_callback(self._take_parameters)
 
         self._estimator: Estimator | None = None
-        self._worker: Worker[Pair] | None = None
+        self._worker: Worker[Arrival] | None = None
         self._questions: QuestionTopics | None = None
         self._monitor = Monitor()
         self._outputs: dict[str, Any] = {}
@@ -163,14 +160,15 @@ class DepthNode(LifecycleNode):
             self.get_logger().info(line)
         self._monitor = Monitor()
         inference = Inference(self._estimator)
-        self._questions = QuestionTopics(
-            self, inference, functools.partial(self._decode, inference), self._monitor, lambda: self._worker.wake()
-        )
+        frames = FramePath(self, inference, self._monitor, self._wanted)
+        self._questions = QuestionTopics(self, inference, frames.decode, self._monitor, lambda: self._worker.wake())
         self._worker = Worker(
-            functools.partial(self._work, inference),
+            frames.measure,
             self._frame_failed,
             self._estimator.close,
             next_job=self._questions.next_job,
+            prepare=frames.prepare,
+            finish=frames.publish,
         )
         kinds = DEPTH_OUTPUTS | (POSE_OUTPUT if self.parameters.relative_pose else {})
         self._outputs = {name: self.offer(kind, name, qos.output_qos()) for name, kind in kinds.items()}
@@ -291,14 +289,14 @@ class DepthNode(LifecycleNode):
     def _take(self, pair: Pair) -> None:
         self._questions.new_frame(pair)
         if self._wanted():
-            self._worker.submit(pair)
+            self._worker.submit(Arrival(pair, time.perf_counter()))
         else:
             self._worker.wake()
 
     def _wanted(self) -> frozenset[str]:
         """Topics that somebody listens to and that this model has something for."""
         has_depth = self._estimator is not None and bool(self._estimator.dialects)
-        return self._listened.intersection(("relative_pose", *_DEPTH_TOPICS) if has_depth else ("relative_pose",))
+        return self._listened.intersection(("relative_pose", *DEPTH_TOPICS) if has_depth else ("relative_pose",))
 
     def tend_inputs(self) -> None:
         """Subscribes to the image while somebody listens or asks, and only then."""
@@ -318,53 +316,23 @@ class DepthNode(LifecycleNode):
         self.tend_inputs()
         self._camera.give_up_overdue()
 
-    # On the worker's thread
+    # On the worker's threads
 
-    def _decode(self, inference: Inference, pair: Pair) -> Frame:
-        message, info = pair[0], self._camera.require_info(pair[1])
-        compressed = isinstance(message, CompressedImage)
-        return inference.frame(message, info, compressed=compressed, rectified=self.parameters.rectified)
+    @property
+    def activation(self) -> int:
+        """Which activation this is; what was begun under another one isn't published."""
+        return self._activation
 
-    def _work(self, inference: Inference, pair: Pair) -> None:
-        activation, parameters, wanted = self._activation, self.parameters, self._wanted()
-        started = time.perf_counter()
-        frame = self._decode(inference, pair)
-        stages = {"decode": time.perf_counter() - started}
-        points = {"asked": 0, "answered": 0}
-        if not wanted.isdisjoint(_DEPTH_TOPICS):
-            message, info = pair
-            measured = inference.measure(frame, parameters, whole="depth" in wanted)
-            answer = measured.answer
-            answered = time.perf_counter()
-            self._publish(
-                activation,
-                build_outputs(wanted, frame.image, frame.camera, info, message.header, measured.query, measured.result),
-            )
-            stages |= {**answer.timing_s, "publish": time.perf_counter() - answered}
-            asked = int(answer.asked.sum())
-            points = {"asked": asked, "answered": int(answer.valid.sum()), "unaskable": len(answer) - asked,
-                      "shifted": int(answer.shifted.sum())}  # fmt: skip
-        if "relative_pose" in wanted:
-            begun = time.perf_counter()
-            self._tell_pose(inference, frame, activation)
-            stages["pose"] = time.perf_counter() - begun
-        else:
-            inference.forget()
-        self._monitor.frame_done(stages | {"total": time.perf_counter() - started}, **points)
+    def require_info(self, info: CameraInfo | None) -> CameraInfo:
+        """The info of a pair.
 
-    def _tell_pose(self, inference: Inference, frame: Frame, activation: int) -> None:
-        told = inference.pose(frame, run=activation)
-        if told is None:
-            return
-        first, pose = told
-        message = pose_message(first, pose)
-        self._monitor.pose_done(message is not None)
-        if message is not None:
-            self._publish(activation, {"relative_pose": message})
-        else:
-            self.complain("relative_pose", f"no relative pose: the answers can't be read: {dict(pose.texts)}")
+        Raises:
+            CameraError: there is none.
+        """
+        return self._camera.require_info(info)
 
-    def _publish(self, activation: int, messages: dict[str, Any]) -> None:
+    def publish(self, activation: int, messages: dict[str, Any]) -> None:
+        """Publishes messages by topic if this is still the activation they were begun under."""
         with self._publishing:
             if activation == self._activation and self.context.ok():
                 for name, output in messages.items():
@@ -404,6 +372,9 @@ class DepthNode(LifecycleNode):
             self.get_logger().warning(sentence)
         counts = self.counts
         status = self._monitor.report(self._describe_state(), counts.received, counts.dropped, self._warnings())
+        stages = [f"{stage} {latency}" for stage, latency in self._monitor.latencies().items()]
+        if stages:
+            self.get_logger().debug(f"latency in ms, {counts.processed} frames: {', '.join(stages)}")
         values = {"state": self._state_machine.current_state[1], "model": self.parameters.model}
         if self._estimator is not None:
             info = self._estimator.engine.info
@@ -422,7 +393,7 @@ class DepthNode(LifecycleNode):
 
     def _warnings(self) -> list[str]:
         warnings = list(self._mismatches.sentences)
-        silent = self._listened.intersection(_DEPTH_TOPICS) - self._wanted()
+        silent = self._listened.intersection(DEPTH_TOPICS) - self._wanted()
         if silent:
             card = self._estimator.card
             warnings.append(

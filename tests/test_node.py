@@ -26,7 +26,7 @@ from rclpy.qos import QoSProfile, ReliabilityPolicy  # noqa: E402
 from rosgraph_msgs.msg import Clock  # noqa: E402
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image, PointCloud2  # noqa: E402
 
-from depthlm_ros.camera import Camera  # noqa: E402
+from depthlm_ros.camera import Camera, UnifiedView  # noqa: E402
 from depthlm_ros.depth import DepthResult  # noqa: E402
 from depthlm_ros.engines.base import EngineInfo  # noqa: E402
 from depthlm_ros.errors import ConfigError, ModelError  # noqa: E402
@@ -62,15 +62,11 @@ class PacedEstimator:
     def close(self) -> None:
         self.closed.set()
 
+    def prepare(self, image: np.ndarray, camera: Camera) -> UnifiedView:
+        return UnifiedView(image, camera, "exact", camera)
+
     def estimate(
-        self,
-        image: np.ndarray,
-        camera: Camera,
-        pixels: np.ndarray,
-        *,
-        dialect: str,
-        undrawable: str,
-        points_per_question: int,
+        self, image: np.ndarray, camera: Camera, pixels: np.ndarray, *, dialect: str, **options: Any
     ) -> DepthResult:
         self.calls.append((dialect, len(pixels)))
         self.entered.set()
@@ -299,7 +295,7 @@ def test_the_newest_frame_wins_and_dropped_ones_are_counted(worlds):
     assert [m.header.stamp.nanosec for m in world.heard["points"]] == [1, 5]
     status = world.status_where(lambda s: value(s, "frames processed") == "2", "diagnostics of two frames")
     assert (value(status, "frames received"), value(status, "frames dropped")) == ("5", "3")
-    assert float(value(status, "latency model ms")) == 1.0
+    assert value(status, "latency model ms") == "1.0 (95 %: 1.0)"
     assert float(value(status, "fps")) > 0
     assert value(status, "device") == "cpu" and value(status, "why") == "it is a test"
 

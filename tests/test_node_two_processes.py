@@ -87,6 +87,7 @@ class Slow:
     engine = SimpleNamespace(info=EngineInfo("slow", "slow", "none", "cpu", "float32", (), 0, True))
     def describe(self): return []
     def close(self): pass
+    def prepare(self, image, camera): return None
     def estimate(self, *arguments, **options):
         print("in work", flush=True)
         time.sleep(600)

@@ -196,7 +196,7 @@ class Clock:
         return self.now_s
 
 
-def test_the_report_counts_points_and_averages_stages():
+def test_the_report_counts_points_and_has_a_line_for_each_stage():
     clock = Clock()
     monitor = Monitor(clock)
     monitor.frame_done({"vision": 0.010, "total": 0.020}, asked=10, answered=8)
@@ -207,7 +207,8 @@ def test_the_report_counts_points_and_averages_stages():
     assert status.values["frames processed"] == "2"
     assert status.values["frames dropped"] == "3"
     assert status.values["points unanswered"] == "2"
-    assert status.values["latency vision ms"] == "20.0"
+    assert status.values["latency vision ms"] == "20.0 (95 %: 30.0)"
+    assert [key for key in status.values if key.startswith("latency")] == ["latency vision ms", "latency total ms"]
     assert status.values["fps"] == "1.00"
 
 
