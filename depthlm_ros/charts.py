@@ -117,6 +117,26 @@ def bars(rows: list[tuple[str, float, tuple[float, float] | None]]) -> str:
     return _svg(width, len(rows) * step + 4, "".join(parts), "comparison with baselines")
 
 
+def reliability_chart(curves: list[tuple[str, list[float], list[float]]]) -> str:
+    """SVG: share of right depths over confidence, a line for each (name, confidences, shares); the last stands out."""
+    side, left = 300, 46
+    parts = [f'<path class="axis" d="M{left} 10V{side + 10}H{left + side}" fill="none"/>']
+    parts.append(f'<path class="whisker faint" d="M{left} {side + 10}L{left + side} 10"/>')
+    for tick in (0, 0.25, 0.5, 0.75, 1):
+        x, y = left + side * tick, 10 + side * (1 - tick)
+        parts.append(f'<text x="{x:.0f}" y="{side + 28}" text-anchor="middle">{tick:g}</text>')
+        parts.append(f'<text x="{left - 8}" y="{y + 4:.0f}" text-anchor="end">{tick:g}</text>')
+    for index, (name, confidences, shares) in enumerate(curves):
+        kind = "good" if index == len(curves) - 1 else "muted"
+        dots = [(left + side * c, 10 + side * (1 - s)) for c, s in zip(confidences, shares, strict=True)]
+        parts.append(f'<path class="line {kind}" d="M{" L".join(f"{x:.1f} {y:.1f}" for x, y in dots)}"/>')
+        parts += [f'<circle class="{kind}" cx="{x:.1f}" cy="{y:.1f}" r="4"/>' for x, y in dots]
+        parts.append(f'<circle class="{kind}" cx="{left + side + 30}" cy="{30 + 24 * index}" r="4"/>')
+        parts.append(f'<text x="{left + side + 42}" y="{35 + 24 * index}">{name}</text>')
+    parts.append(f'<text x="{left + side + 24}" y="{side + 10}">confidence →, share right ↑</text>')
+    return _svg(640, side + 34, "".join(parts), "share of right depths over confidence")
+
+
 def strip(values: list[float | None], top: float, unit: str) -> str:
     """SVG: one bar for each frame, from 0 to `top`; frames without a value are left empty."""
     width, height = 640, 90

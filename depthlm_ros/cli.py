@@ -21,6 +21,7 @@ from depthlm_ros.protocols import PROTOCOLS, PUBLISHED_SAMPLES
 
 MODEL_SETTINGS = ("model", "commercial_use", "dialect", "policy", "device", "dtype", "batch_size")
 PIXEL_SETTINGS = ("points", "points_per_question", "stride", "sampling", "undrawable")
+ANSWER_SETTINGS = ("distribution", "depth_value", "calibration")
 FILTERS = ("max_depth_m", "min_confidence")
 RESULTS = Path("results/latest")
 
@@ -88,7 +89,7 @@ def _add_estimate(commands) -> None:
     )
     add_camera_arguments(parser, "give --fx or --fov-deg; depth in metres depends on it")
     _add_model(parser, MODEL_SETTINGS)
-    config.add_arguments(parser.add_argument_group("pixels"), (*PIXEL_SETTINGS, *FILTERS))
+    config.add_arguments(parser.add_argument_group("pixels"), (*PIXEL_SETTINGS, *ANSWER_SETTINGS, *FILTERS))
     parser.set_defaults(run=_estimate)
 
 
@@ -109,6 +110,7 @@ def _estimate(arguments: argparse.Namespace) -> int:
     import numpy as np
     from tqdm import tqdm
 
+    from depthlm_ros.inference import check_answers
     from depthlm_ros.photographs import read_photograph
     from depthlm_ros.ply import write_ply
     from depthlm_ros.queries import depth_image, keep_good, plan_query
@@ -122,6 +124,7 @@ def _estimate(arguments: argparse.Namespace) -> int:
     for line in estimator.describe():
         print(line)
     dialect = parameters.dialect or estimator.card.default_dialect
+    check_answers(estimator, parameters, dialect)
     query = plan_query(parameters, dialect, camera.width, camera.height, whole=arguments.depth is not None)
     with tqdm(total=len(query.pixels), desc="estimate", unit="point", disable=None) as bar:
         answer = estimator.estimate(
@@ -131,7 +134,7 @@ def _estimate(arguments: argparse.Namespace) -> int:
             dialect=dialect,
             progress=bar.update,
             undrawable=parameters.undrawable,
-            points_per_question=parameters.points_per_question,
+            **parameters.answer_arguments(),
         )
     result = keep_good(answer, parameters)
     cloud = slice(None) if query.cloud_rows is None else query.cloud_rows
@@ -210,7 +213,7 @@ def _add_replay(commands) -> None:
     )
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="FOLDER", help=f"results (default {RESULTS})")
     config.add_arguments(parser.add_argument_group("model"), MODEL_SETTINGS)
-    config.add_arguments(parser.add_argument_group("pixels"), PIXEL_SETTINGS)
+    config.add_arguments(parser.add_argument_group("pixels"), (*PIXEL_SETTINGS, *ANSWER_SETTINGS))
     parser.set_defaults(run=_replay)
 
 
@@ -219,7 +222,7 @@ def _replay(arguments: argparse.Namespace) -> int:
     from depthlm_ros.replay import ReplayOptions, replay
     from depthlm_ros.report import summary, write_report
 
-    given = {name: getattr(arguments, name) for name in MODEL_SETTINGS + PIXEL_SETTINGS}
+    given = {name: getattr(arguments, name) for name in MODEL_SETTINGS + PIXEL_SETTINGS + ANSWER_SETTINGS}
     changed = {name: value for name, value in given.items() if value != config.spec(name).default}
     options = ReplayOptions(
         topic=arguments.topic,
@@ -272,7 +275,7 @@ def _add_evaluate(commands) -> None:
         f"{PUBLISHED_SAMPLES} questions or all images",
     )
     _add_reader_options(parser)
-    _add_model(parser, (*MODEL_SETTINGS, "points", "points_per_question"))
+    _add_model(parser, (*MODEL_SETTINGS, "points", "points_per_question", *ANSWER_SETTINGS))
     parser.set_defaults(run=_evaluate)
 
 
@@ -305,7 +308,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
                     estimator,
                     dialect=dialect,
                     points=parameters.points,
-                    points_per_question=parameters.points_per_question,
+                    **parameters.answer_arguments(),
                     seed=arguments.seed,
                     **reader,
                 )
@@ -326,7 +329,7 @@ def _check_protocol(arguments: argparse.Namespace) -> None:
         return
     if arguments.samples is not None and arguments.samples < 0:
         raise ConfigError(f"--samples is {arguments.samples}; give 0 for all, or how many")
-    for name in ("points", "seed"):
+    for name in ("points", "seed", "distribution"):
         if getattr(arguments, name):
             raise ConfigError(f"--{name} {getattr(arguments, name)} has no meaning with --protocol; leave it out")
     if arguments.source.suffix != ".jsonl":

@@ -13,17 +13,18 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 from tqdm import tqdm
 
+from depthlm_ros.calibration import Calibration, Kind, calibrated_elsewhere, reliability
 from depthlm_ros.camera import Camera
 from depthlm_ros.config import POINTS_IN_WORDS
 from depthlm_ros.errors import BagError, DatasetError, DepthLMError
-from depthlm_ros.metrics import best_constant, delta1_interval, depth_metrics, row_prior
+from depthlm_ros.metrics import best_constant, delta1_interval, depth_metrics, row_prior, within_delta1
 
 Item = TypeVar("Item")
 
@@ -32,6 +33,8 @@ Item = TypeVar("Item")
 DENSE_SHARE = 0.25
 POINTS_OF_DENSE_TRUTH = 2000
 PICTURES = 6
+# Fewer say nothing about a share; two groups of a calibration.
+FEWEST_VERDICTS = 60
 
 
 @dataclass(frozen=True)
@@ -70,12 +73,14 @@ class Compared:
         predicted: (M,) metres, NaN without an answer.
         true: (M,) metres.
         labels: how many true depths the image has.
+        confidence: (M,) of the predictions.
     """
 
     pixels: np.ndarray
     predicted: np.ndarray
     true: np.ndarray
     labels: int
+    confidence: np.ndarray
 
 
 def compare(frame: AnsweredFrame, match_px: float = 2.0) -> Compared:
@@ -84,7 +89,7 @@ def compare(frame: AnsweredFrame, match_px: float = 2.0) -> Compared:
     Where truth is a map, each answer is compared with the truth at its own pixel. Where it is a list of labels, each
     label is compared with the nearest answer within `match_px` pixels; labels with none are left out, not wrong.
     """
-    empty = Compared(np.empty((0, 2)), np.empty(0), np.empty(0), 0)
+    empty = Compared(np.empty((0, 2)), np.empty(0), np.empty(0), 0, np.empty(0))
     if frame.truth_m is None:
         return empty
     height, width = frame.truth_m.shape
@@ -92,11 +97,11 @@ def compare(frame: AnsweredFrame, match_px: float = 2.0) -> Compared:
     labels = int(known.sum())
     at = np.rint(frame.pixels).astype(int)
     inside = ((at >= 0) & (at < (width, height))).all(axis=1)
-    at, depth = at[inside], frame.depth_m[inside]
+    at, depth, confidence = at[inside], frame.depth_m[inside], frame.confidence[inside]
     if labels >= DENSE_SHARE * known.size:
         true = frame.truth_m[at[:, 1], at[:, 0]]
         kept = np.isfinite(true)
-        return Compared(at[kept], depth[kept], true[kept], labels)
+        return Compared(at[kept], depth[kept], true[kept], labels, confidence[kept])
     answer = np.full((height, width), -1)
     answer[at[:, 1], at[:, 0]] = np.arange(len(at))
     rows, columns = np.nonzero(known)
@@ -107,7 +112,8 @@ def compare(frame: AnsweredFrame, match_px: float = 2.0) -> Compared:
         found[valid] = answer[v[valid], u[valid]]
     kept = found >= 0
     pixels = np.stack([columns, rows], axis=1)[kept]
-    return Compared(pixels, depth[found[kept]], frame.truth_m[rows[kept], columns[kept]], labels)
+    found = found[kept]
+    return Compared(pixels, depth[found], frame.truth_m[rows[kept], columns[kept]], labels, confidence[found])
 
 
 def _offsets(radius_px: float) -> list[tuple[int, int]]:
@@ -188,6 +194,33 @@ class Tally:
             "match_px": self.match_px,
         }
 
+    def verdicts(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of each answered and compared point: (M,) confidence, (M,) bool right in δ1, (M,) number of its frame."""
+        predicted, true = self.pairs()
+        frame = np.repeat(np.arange(len(self._compared)), [len(c.true) for c in self._compared])
+        confidence = np.concatenate([c.confidence for c in self._compared] or [[]])
+        answered = np.isfinite(predicted)
+        return confidence[answered], within_delta1(predicted[answered], true[answered]), frame[answered]
+
+    def calibration(self) -> dict:
+        """How much confidences are worth, as metrics.json holds it; empty where there are too few to say."""
+        confidence, right, frame = self.verdicts()
+        if len(right) < FEWEST_VERDICTS:
+            return {}
+        stated = reliability(confidence, right)
+        other = calibrated_elsewhere(confidence, right, frame)
+        calibrated = None if other is None else reliability(other, right)
+        return {
+            "points": len(right),
+            "frames": len(np.unique(frame)),
+            "right": float(right.mean()),
+            "error_stated": stated.error,
+            "error_calibrated": None if calibrated is None else calibrated.error,
+            "stated": asdict(stated),
+            "calibrated": None if calibrated is None else asdict(calibrated),
+            "note": "expected calibration error of δ1 over groups of equal size; each image is calibrated on others",
+        }
+
     def latency(self) -> dict[str, float]:
         """Seconds a frame: percentiles over all answered frames."""
         seconds = [frame["latency_s"] for frame in self.frames]
@@ -213,6 +246,7 @@ class Run:
         notes: what the reader has to know to judge the figures.
         about_model: what the model is and is not, from its card.
         broke_off: why not everything was read or played; empty when all was.
+        kind: what the confidences are, for a calibration that is fitted to them; None where they can't be used for one.
     """
 
     title: str
@@ -222,6 +256,15 @@ class Run:
     notes: tuple[str, ...] = ()
     about_model: str = ""
     broke_off: str = ""
+    kind: Kind | None = None
+
+    def fitted(self) -> Calibration | None:
+        """A calibration of these confidences, fitted to all frames; None where there are too few, or of what kind
+        they are isn't known.
+        """
+        confidence, right, frame = self.tally.verdicts()
+        enough = self.kind is not None and len(right) >= FEWEST_VERDICTS
+        return Calibration.fit(confidence, right, frame, self.kind) if enough else None
 
 
 def dialect_notes(dialect: str) -> tuple[str, ...]:
@@ -333,9 +376,11 @@ def evaluate(
     *,
     dialect: str | None = None,
     points: int = 0,
-    points_per_question: int = 1,
     seed: int = 0,
     on_frame: Callable[[AnsweredFrame], None] | None = None,
+    points_per_question: int = 1,
+    distribution: bool = False,
+    depth_value: str = "greedy",
     **reader_options,
 ) -> Run:
     """Asks an estimator at labelled pixels and scores it. No ROS.
@@ -345,27 +390,33 @@ def evaluate(
         estimator: a `depthlm_ros.estimator.Estimator`.
         dialect: how to ask; by default the model card's choice.
         points: labelled pixels asked in each image; 0 takes 256 in words and 2000 from the dense head.
-        points_per_question: as in `Estimator.estimate`.
         seed: of the choice among more labels than that.
         on_frame: called with each scored frame.
+        points_per_question, distribution, depth_value: as in `Estimator.estimate`.
         **reader_options: `images`, `depths`, `depth_kind` of `LabelledImages`.
 
     Raises:
         DatasetError, BagError: the source can't be read, or holds not one usable label.
+        ConfigError: a distribution where there is none, or a calibration of other confidences.
     """
     source = Path(source)
     total, frames, notes = labelled(source, **reader_options)
     dialect = dialect or estimator.card.default_dialect
     most = points or (POINTS_OF_DENSE_TRUTH if dialect == "dense" else POINTS_IN_WORDS)
+    kind = Kind(estimator.card.name, dialect, depth_value, distribution)
+    if estimator.calibration is not None:
+        estimator.calibration.require(kind)
+        notes, kind = (*notes, f"confidences calibrated {estimator.calibration.about}"), None
     tally = Tally(total, match_px=0.0)
     failures: list[str] = []
+    answered = {"points_per_question": points_per_question, "distribution": distribution, "depth_value": depth_value}
     frames = up_to_failure(frames, failures)
     for index, (name, image, camera, truth_m) in enumerate(progress(frames, total, "evaluate")):
         pixels = asked_pixels(truth_m, most, seed + index)
         if not len(pixels):
             continue
         started = time.perf_counter()
-        result = estimator.estimate(image, camera, pixels, dialect=dialect, points_per_question=points_per_question)
+        result = estimator.estimate(image, camera, pixels, dialect=dialect, **answered)
         seconds = time.perf_counter() - started
         frame = AnsweredFrame(name, image, camera, result.pixels, result.depth_m, result.confidence, truth_m, seconds)
         tally.add(frame)
@@ -376,7 +427,9 @@ def evaluate(
         raise error(f"{source} has {total} images but not one with a true depth; there is nothing to score against")
     if dialect == "compact":
         notes = (*notes, f"{points_per_question} points a question")
-    return finished(f"Evaluation on {source.name}", estimator, dialect, tally, notes, failures)
+    if distribution:
+        notes = (*notes, f"depth: {depth_value} of the digits' distribution, confidence: its probability near that")
+    return replace(finished(f"Evaluation on {source.name}", estimator, dialect, tally, notes, failures), kind=kind)
 
 
 def finished(

@@ -35,7 +35,7 @@ __all__ = [
 ]
 
 CLOUD_FIELDS = ("x", "y", "z", "rgb", "confidence")
-"""The fields of a published cloud, FLOAT32 each, one after the other from offset 0."""
+"""The fields of a published cloud, FLOAT32 each, one after the other from offset 0; `std` follows where it is known."""
 
 # sensor_msgs/PointField: INT8 = 1 ... FLOAT64 = 8, and BOOLEAN = 9 in newer distributions.
 _FIELD_TYPES = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 8: "f8", 9: "?"}
@@ -54,8 +54,9 @@ def cloud_message(
     rgb: np.ndarray,
     confidence: np.ndarray,
     organised_shape: tuple[int, int] | None = None,
+    std_m: np.ndarray | None = None,
 ) -> Any:
-    """Builds a sensor_msgs/PointCloud2 with x, y, z, rgb and confidence.
+    """Builds a sensor_msgs/PointCloud2 with x, y, z, rgb and confidence, and std where it is given.
 
     Colour is packed as 0x00RRGGBB into the bits of a FLOAT32, the convention of PCL and RViz.
 
@@ -66,6 +67,7 @@ def cloud_message(
         rgb: (N, 3) uint8.
         confidence: (N,) in [0, 1].
         organised_shape: (height, width) where the rows are an image's pixels row by row; None for a list.
+        std_m: (N,) standard deviation of z in metres; None leaves the field out.
 
     Returns:
         The message; `is_dense` is False where a coordinate isn't finite.
@@ -80,25 +82,30 @@ def cloud_message(
             f"points {points.shape}, rgb {rgb.shape} and confidence {confidence.shape} don't belong together; "
             "pass (N, 3), (N, 3) and (N,)"
         )
+    if std_m is not None and std_m.shape != (n,):
+        raise CloudError(f"std_m {std_m.shape} doesn't belong to {n} points; pass ({n},)")
     if rgb.dtype != np.uint8:
         raise CloudError(f"rgb is {rgb.dtype}; pass uint8 in [0, 255]")
     height, width = organised_shape or (1, n)
     if height * width != n:
         raise CloudError(f"an organised cloud of {height} x {width} can't hold {n} points; pass (height, width)")
 
-    rows = np.empty((n, len(CLOUD_FIELDS)), "<f4")
+    names = CLOUD_FIELDS if std_m is None else (*CLOUD_FIELDS, "std")
+    rows = np.empty((n, len(names)), "<f4")
     # Column by column: numpy is four times slower on an inner axis of 3.
     for i in range(3):
         rows[:, i] = points[:, i]
     rows.view("<u4")[:, 3] = _packed_rgb(rgb)
     rows[:, 4] = confidence
+    if std_m is not None:
+        rows[:, 5] = std_m
 
     message = msgs.PointCloud2(header=_header(msgs, stamp_ns, frame_id), height=height, width=width)
     message.fields = [
-        msgs.PointField(name=name, offset=4 * i, datatype=_FLOAT32, count=1) for i, name in enumerate(CLOUD_FIELDS)
+        msgs.PointField(name=name, offset=4 * i, datatype=_FLOAT32, count=1) for i, name in enumerate(names)
     ]
     message.is_bigendian = False
-    message.point_step = rows.itemsize * len(CLOUD_FIELDS)
+    message.point_step = rows.itemsize * len(names)
     message.row_step = message.point_step * width
     message.is_dense = bool(np.isfinite(points).all())
     message.data.frombytes(rows.reshape(-1).view("u1"))

@@ -241,6 +241,15 @@ def _row_bins(rows: np.ndarray, height: int | np.ndarray, bins: int) -> np.ndarr
     return np.minimum((relative * bins).astype(np.int64), bins - 1)
 
 
+def within_delta1(pred: np.ndarray, true: np.ndarray) -> np.ndarray:
+    """(N,) bool: within a factor 1.25 of the true depth; False without a finite positive prediction or truth."""
+    pred, true = _same_shape(pred, true)
+    known = _usable(true)
+    right = np.zeros(len(true), bool)
+    right[known] = _correct(pred[known], true[known])
+    return right
+
+
 def _usable(depths: np.ndarray) -> np.ndarray:
     return np.isfinite(depths) & (depths > 0)
 

@@ -123,17 +123,22 @@ def _cloud(
     image: np.ndarray, camera: Camera, stamp_ns: int, frame_id: str, query: Query, result: DepthResult
 ) -> PointCloud2:
     rays, places = _cloud_geometry(camera, result.pixels, query.cloud_rows)
-    depth_m, confidence = result.depth_m, result.confidence
+    depth_m, confidence, std_m = result.depth_m, result.confidence, result.std_m
     if query.cloud_rows is not None:
-        depth_m, confidence = depth_m[query.cloud_rows], confidence[query.cloud_rows]
+        depth_m, confidence, std_m = (_rows(values, query.cloud_rows) for values in (depth_m, confidence, std_m))
     known = np.isfinite(depth_m)
     if query.organised_shape is None and not known.all():
         rows = np.flatnonzero(known)
-        rays, places, depth_m, confidence = rays[:, rows], places[rows], depth_m[rows], confidence[rows]
+        rays, places = rays[:, rows], places[rows]
+        depth_m, confidence, std_m = (_rows(values, rows) for values in (depth_m, confidence, std_m))
     # Column by column, as the message's fields are filled.
     points = (rays * depth_m).T
     rgb = np.ascontiguousarray(image).reshape(-1, 3).take(places, axis=0)
-    return cloud_message(stamp_ns, frame_id, points, rgb, confidence, query.organised_shape)
+    return cloud_message(stamp_ns, frame_id, points, rgb, confidence, query.organised_shape, std_m)
+
+
+def _rows(values: np.ndarray | None, rows: np.ndarray) -> np.ndarray | None:
+    return None if values is None else values[rows]
 
 
 @remember(4)

@@ -8,7 +8,7 @@ from functools import lru_cache
 import numpy as np
 
 from depthlm_ros.config import POINTS_IN_WORDS, Parameters
-from depthlm_ros.depth import DepthResult
+from depthlm_ros.depth import DISTRIBUTION, DepthResult
 from depthlm_ros.remember import fixed
 from depthlm_ros.sampling import sample_pixels, stride_pixels
 
@@ -70,10 +70,12 @@ def keep_good(result: DepthResult, parameters: Parameters) -> DepthResult:
     bad = result.confidence < parameters.min_confidence
     if parameters.max_depth_m > 0:
         bad |= result.depth_m > parameters.max_depth_m
+    known = {name: values for name in DISTRIBUTION if (values := getattr(result, name)) is not None}
     return replace(
         result,
         depth_m=np.where(bad, np.float32(np.nan), result.depth_m),
         confidence=np.where(bad, 0, result.confidence),
+        **{name: np.where(bad, np.float32(np.nan), values) for name, values in known.items()},
     )
 
 

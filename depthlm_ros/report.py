@@ -40,6 +40,7 @@ figcaption{font-size:12.5px;color:var(--soft);margin-top:4px}
 .scale{max-width:480px;margin:8px 0 0 auto}svg{width:100%;height:auto;display:block}
 svg text{fill:var(--soft);font-size:13px;font-family:inherit}svg text.strong{fill:var(--ink);font-weight:600}
 .good{fill:var(--good)}.bad{fill:var(--bad)}.muted{fill:var(--muted)}.band{fill:var(--band)}.track{fill:var(--track)}
+.line{fill:none;stroke-width:2}.line.good{stroke:var(--good)}.line.muted{stroke:var(--muted)}.faint{opacity:.35}
 .axis{stroke:var(--muted);stroke-width:1}.whisker{stroke:var(--ink);stroke-width:1.5;fill:none}
 table{border-collapse:collapse;width:100%}td{padding:5px 0;border-bottom:1px solid var(--line);vertical-align:top}
 td:last-child{text-align:right;font-variant-numeric:tabular-nums;padding-left:20px;overflow-wrap:anywhere}
@@ -48,7 +49,7 @@ ul{padding-left:20px;margin:0}li{margin-bottom:4px}
 
 
 def write_report(folder: str | Path, run: Run) -> list[Path]:
-    """Writes report.html, metrics.json, cloud.ply and picture.png into a folder, which is made.
+    """Writes report.html, metrics.json, calibration.json, cloud.ply and picture.png into a folder, which is made.
 
     Files of an earlier run that this one doesn't write again (no frame was answered, so no cloud) are removed, so that
     the folder never mixes two runs.
@@ -58,12 +59,16 @@ def write_report(folder: str | Path, run: Run) -> list[Path]:
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    cloud, picture = folder / "cloud.ply", folder / "picture.png"
-    for stale in (cloud, picture):
+    cloud, picture, curve = folder / "cloud.ply", folder / "picture.png", folder / "calibration.json"
+    for stale in (cloud, picture, curve):
         stale.unlink(missing_ok=True)
     written = [folder / "report.html", folder / "metrics.json"]
     written[0].write_text(page(run), encoding="utf-8")
     written[1].write_text(json.dumps(metrics(run), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    fitted = run.fitted()
+    if fitted is not None:
+        fitted.save(curve)
+        written.append(curve)
     if run.tally.pictures:
         middle = run.tally.pictures[len(run.tally.pictures) // 2]
         points_m, rgb = _coloured_points(middle)
@@ -78,6 +83,7 @@ def metrics(run: Run) -> dict:
     return {
         "title": run.title,
         **run.tally.scores(),
+        **({"calibration": calibration} if (calibration := run.tally.calibration()) else {}),
         "run": run.figures,
         "environment": run.environment,
         "about_model": run.about_model,
@@ -105,6 +111,8 @@ def summary(run: Run) -> str:
             f"  compared      {scores['compared']} of {scores['labels']} true depths, "
             f"{depth['answered']} with an answer (without one is wrong)",
         ]
+        calibration = run.tally.calibration()
+        lines += [f"  calibration   {_calibration_words(calibration)}"] if calibration else []
     else:
         lines.append("  nothing to score: no true depth at any asked pixel")
     lines.append(f"  points/s      {figures['points_per_second']:.0f}")
@@ -155,6 +163,7 @@ def page(run: Run) -> str:
     sections.append(_cards(run, scores))
     if scores:
         sections.append(_score_section(run, scores))
+        sections.append(_calibration_section(run))
     if run.tally.pictures:
         sections.append("<h2>Frames</h2>")
         sections.append('<p class="soft">Evenly spread over the recording, not chosen by their score. '
@@ -217,6 +226,30 @@ def _score_section(run: Run, scores: dict) -> str:
         '<div class="box"><h2 style="margin-top:0">Predicted over true depth</h2>'
         f"{charts.error_histogram(predicted, true)}"
         '<p class="soft">Logarithmic; green counts as right in δ1.</p></div></div>'
+    )
+
+
+def _calibration_words(calibration: dict) -> str:
+    error = calibration["error_calibrated"]
+    after = "needs a second image" if error is None else f"{error:.3f} calibrated on other images"
+    return f"expected error of the confidence: {calibration['error_stated']:.3f} as stated, {after}"
+
+
+def _calibration_section(run: Run) -> str:
+    calibration = run.tally.calibration()
+    if not calibration:
+        return ""
+    curves = [
+        (f"{name}, expected error {calibration[f'error_{name}']:.3f}", table["confidence"], table["right"])
+        for name in ("stated", "calibrated")
+        if (table := calibration[name]) is not None
+    ]
+    return (
+        '<div class="box" style="margin-top:16px"><h2 style="margin-top:0">What a confidence is worth</h2>'
+        f"{charts.reliability_chart(curves)}"
+        '<p class="soft">Share of depths within a factor 1.25 of the truth, over groups of equal size by confidence; '
+        "on the diagonal a confidence is what it says. Calibrated: each image by a curve fitted to the others. "
+        f"{calibration['points']} depths in {calibration['frames']} images.</p></div>"
     )
 
 
