@@ -82,7 +82,7 @@ def test_the_map_reads_the_stock_models_last_states_at_the_image(request, archit
     expected = head(out.hidden_states[-1][is_image], inputs.grid_hw)
     depth = engine.depth_map(image, "any other question")
     assert depth.shape == size and depth.dtype == np.float32
-    np.testing.assert_allclose(depth, expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(depth, expected, rtol=3e-4, atol=1e-5)
 
 
 def test_a_map_costs_one_pass_and_no_language_head(qwen3_vl_checkpoint):

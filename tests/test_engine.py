@@ -121,18 +121,18 @@ def test_no_questions_give_no_answers(loaded):
     assert engine.answer_each([], [], NEW_TOKENS) == []
 
 
-def test_confidence_is_the_probability_of_the_last_numbers_tokens(loaded):
+def test_confidence_is_the_probability_of_the_tokens_of_the_least_sure_number(loaded):
     engine, _ = loaded
     tokenizer = engine.processor.tokenizer
     checked = 0
     for question, answer in zip(questions(), engine.answer_shared(noise(), questions(), NEW_TOKENS), strict=True):
         pieces = [tokenizer.decode([token], skip_special_tokens=True) for token in answer.token_ids]
-        last = list(NUMBER.finditer("".join(pieces)))
-        if not last or any(len(piece) != 1 for piece in pieces[:-1]) or checked == 8:
+        numbers = list(NUMBER.finditer("".join(pieces)))
+        if not numbers or any(len(piece) != 1 for piece in pieces[:-1]) or checked == 8:
             continue
         logits = plain(engine, noise(), question)[0].logits
         chances = [math.exp(step[0].log_softmax(-1)[t]) for step, t in zip(logits, answer.token_ids, strict=True)]
-        expected = math.prod(chances[last[-1].start() : last[-1].end()])
+        expected = min(math.prod(chances[number.start() : number.end()]) for number in numbers)
         assert answer.confidence == pytest.approx(expected, rel=1e-3)
         checked += 1
     assert checked >= 4
@@ -209,7 +209,8 @@ def test_info_says_what_was_loaded_and_why(qwen3_vl_checkpoint):
     info = TransformersEngine.load(qwen3_vl_checkpoint, device="cpu", dtype="bfloat16").info
     assert (info.engine, info.architecture, info.device, info.dtype) == ("transformers", "qwen3_vl", "cpu", "bfloat16")
     assert info.model == str(qwen3_vl_checkpoint)
-    assert len(info.reasons) == 2 and all("asked for" in reason for reason in info.reasons)
+    assert all("asked for" in reason for reason in info.reasons[:2])
+    assert "vision tower: lean, within" in info.reasons[2] and "lean decoder, its scores within" in info.reasons[3]
     assert info.dense and info.parameters > 100_000
 
 

@@ -23,8 +23,15 @@ from golden_depthvlm import (
 )
 
 from depthlm_ros.engines.transformers_engine import TransformersEngine
+from depthlm_ros.engines.vision import VisionTower
 
 DEPTH_TOLERANCE, LOGIT_TOLERANCE = 1e-4, 1e-3
+
+
+def with_two_frames(engine):
+    """The stored pixels are random in both frames of a patch; the lean tower knows that an image's frames are equal."""
+    engine._images.tower = VisionTower(engine.model, "qwen3_vl", lean=False)
+    return engine
 
 
 @pytest.fixture(scope="module", params=GOLDEN_CASES)
@@ -34,7 +41,7 @@ def golden(request):
     inputs = golden_inputs(arrays, config["vision_config"]["spatial_merge_size"])
     with tempfile.TemporaryDirectory() as name:  # pytest would keep 120 MB of weights
         folder = write_golden(Path(name), request.param)
-        engine = TransformersEngine.load(folder, device="cpu", dtype="float32")
+        engine = with_two_frames(TransformersEngine.load(folder, device="cpu", dtype="float32"))
         yield SimpleNamespace(
             case=case, arrays=arrays, engine=engine, folder=folder, ids=ids, inputs=inputs,
             start=ids.index(config["vision_start_token_id"]), end=ids.index(config["vision_end_token_id"]),
@@ -62,7 +69,7 @@ def test_the_prompt_is_the_golden_one(golden):
 
 
 def both_paths(engine):
-    return engine, TransformersEngine(engine.model, engine.processor, engine.info, plain=True)
+    return engine, with_two_frames(TransformersEngine(engine.model, engine.processor, engine.info, plain=True))
 
 
 @pytest.mark.parametrize("asked", [1, 3, 6])
@@ -101,7 +108,7 @@ def test_a_tied_head_may_be_left_out_of_the_file(tmp_path):
     case, arrays = golden_case("mlp")
     weights = {name: golden_weight(name, shape) for name, shape in case["shapes"].items()}
     weights[EMBEDDING] = weights.pop("lm_head.weight")
-    engine = TransformersEngine.load(write_golden(tmp_path, "mlp", weights=weights), device="cpu")
+    engine = with_two_frames(TransformersEngine.load(write_golden(tmp_path, "mlp", weights=weights), device="cpu"))
     assert engine.model.lm_head.weight is engine.model.get_input_embeddings().weight
     depth = engine.depth_of(arrays["input_ids"][0].tolist(), golden_inputs(arrays))
     np.testing.assert_allclose(depth, arrays["depth"], rtol=DEPTH_TOLERANCE, atol=0)
@@ -128,7 +135,7 @@ def test_other_models_and_batches_give_the_original_programs_numbers(name):
         weights[EMBEDDING] = weights["lm_head.weight"].clone()
     with tempfile.TemporaryDirectory() as folder:
         write_golden(Path(folder), "mlp", weights=weights, config=case["config"] | case["head"])
-        engine = TransformersEngine.load(folder, device="cpu", dtype="float32")
+        engine = with_two_frames(TransformersEngine.load(folder, device="cpu", dtype="float32"))
     for row, (ids, thw) in enumerate(zip(case["ids"], case["thw"], strict=True)):
         inputs = drawn_inputs(row, thw)
         depth = engine.depth_of(ids, inputs)

@@ -198,7 +198,9 @@ def test_each_row_may_have_images_of_its_own(engine):
 def test_both_images_are_encoded_once_for_all_questions(qwen3_vl_checkpoint):
     engine = TransformersEngine.load(qwen3_vl_checkpoint, batch_size=8)
     encoded = []
-    engine.model.model.visual.register_forward_pre_hook(lambda module, args: encoded.append(1))
+    tower = engine._images.tower
+    engine._images.tower = lambda tensors, count: encoded.append(1) or tower(tensors, count)
+    engine.answer_about(pair(), questions(), 3)
     engine.answer_about(pair(), questions(), 3)
     assert len(encoded) == 2
 

@@ -32,19 +32,17 @@ class Sentence:
         tokenizer: of the model.
         template: the answer's text with "{number}" at each number's place, and "{same}" where the number before
             is repeated.
-        end: id of the token that ends an answer.
 
     Raises:
         EngineError: no "{number}" in the template, or one that can't be told from what stands beside it in tokens.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str, end: int) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str) -> None:
         parts = re.split(r"(\{number\}|\{same\})", template)
         self._same = [place == SAME for place in parts[1::2]]
         if not self._same or self._same[0]:
             raise EngineError(f"the expected answer {template!r} has no {NUMBER}; put it where the number stands")
         self._segments = self._split(tokenizer, parts[::2], template)
-        self._segments[-1].append(end)
         self.digits = {tokenizer.convert_tokens_to_ids(digit): digit for digit in "0123456789"}
         self.point: int = tokenizer.convert_tokens_to_ids(".")
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -20,43 +20,26 @@ from depthlm_ros.engines.answering import Answering, Group, Work
 from depthlm_ros.engines.answers import AnswerReader
 from depthlm_ros.engines.base import Answer, EngineInfo, ImageGrid
 from depthlm_ros.engines.batches import Batch, PlainPrefix, shared_length
-from depthlm_ros.engines.cascade import Attention, backends
+from depthlm_ros.engines.cascade import Attention, backends, fastest
 from depthlm_ros.engines.checkpoint import Checkpoint, open_checkpoint
 from depthlm_ros.engines.decoder import Decoder, Prefix
 from depthlm_ros.engines.dense_head import MLPDepthHead, head_features, load_head, unsupported_head
 from depthlm_ros.engines.devices import choose_placement
 from depthlm_ros.engines.digits import DigitGrammar, NumberDistribution, expand_numbers
 from depthlm_ros.engines.dpt_head import DPTDepthHead
+from depthlm_ros.engines.images import Composed, ImageReader
 from depthlm_ros.engines.loading import load_model
+from depthlm_ros.engines.marked import Block, MarkedImages, MarkedInputs
 from depthlm_ros.engines.plain import PlainPath
 from depthlm_ros.engines.planner import Planner
 from depthlm_ros.engines.processor import ImageInputs, PromptProcessor
 from depthlm_ros.engines.speculation import Sentence
 from depthlm_ros.engines.trees import NumberTrees, number_starts
+from depthlm_ros.engines.vision import TOLERANCE
 from depthlm_ros.errors import DialectError, EngineError, ModelError
 
-
-@dataclass(frozen=True)
-class Composed:
-    """What the language model reads first.
-
-    Attributes:
-        token_ids: the P ids.
-        embeds: (R, P, C), image tokens in place.
-        position_ids: (3, R, P) M-RoPE positions; None where there is no M-RoPE.
-        next_position: rotary position of what follows.
-        deepstack: (R, N, C) for each of the first layers.
-        is_image: (R, P) bool.
-        image_places: (N,) places of the image tokens.
-    """
-
-    token_ids: tuple[int, ...]
-    embeds: torch.Tensor
-    position_ids: torch.Tensor | None
-    next_position: int
-    deepstack: list[torch.Tensor]
-    is_image: torch.Tensor
-    image_places: torch.Tensor
+# Images that go through the vision tower together on a CPU; more don't fit its caches.
+CPU_IMAGES = 8
 
 
 class TransformersEngine:
@@ -92,13 +75,13 @@ class TransformersEngine:
         self._device = next(model.parameters()).device
         self._reader = AnswerReader(processor.tokenizer)
         self._stop_ids = _stop_ids(model, processor)
-        self._end_id = _end_id(processor, self._stop_ids)
         self._dtype = model.get_input_embeddings().weight.dtype
         self._sentences: dict[str, Sentence] = {}
         penalty = float(model.generation_config.repetition_penalty or 1.0)
         self._plain = PlainPath(model, info.architecture, self._stop_ids, penalty)
         self._decoder: Decoder | None = None
         self._answering: Answering | None = None
+        self._images = ImageReader(model, processor, info.architecture, lean=not plain)
         if not plain:
             self._decoder = Decoder(model, info.architecture, *_attentions(self._device))
             self._answering = Answering(self._decoder, _planner(self._decoder, self._device), self._stop_ids, penalty)
@@ -148,8 +131,11 @@ class TransformersEngine:
             parameters=checkpoint.parameters,
             dense=head is not None,
         )
-        return cls(model, processor, info, head=head, head_mode=mode, no_head=no_head, batch_size=batch_size,
-                   plain=plain)  # fmt: skip
+        engine = cls(model, processor, info, head=head, head_mode=mode, no_head=no_head, batch_size=batch_size,
+                     plain=plain)  # fmt: skip
+        if not plain:
+            engine.prove()
+        return engine
 
     def answer_shared(
         self,
@@ -197,7 +183,7 @@ class TransformersEngine:
         if not images:
             raise EngineError("0 images for the questions; give at least one")
         with _clear_errors(self.info, self._batch_size):
-            inputs = [self.processor.images([image]) for image in images]
+            inputs = [self._images.prepare(image) for image in images]
             prompts = self.processor.prompts(questions, *(image.grid_hw for image in inputs))
             return self._answer(inputs, prompts, max_new_tokens, expects, distribution)
 
@@ -231,6 +217,43 @@ class TransformersEngine:
         return [answers[row] for row in range(len(questions))]
 
     @torch.inference_mode()
+    def answer_marked(
+        self,
+        image: np.ndarray,
+        blocks: Sequence[Block],
+        questions: Sequence[str],
+        max_new_tokens: int,
+        *,
+        expects: str | None = None,
+        distribution: bool = False,
+    ) -> list[Answer]:
+        """Answers question i about the image with block i in it: `answer_each`, sharing what the images share.
+
+        Args:
+            image: (H, W, 3) uint8 RGB.
+            blocks: (top, left, (h, w, 3) uint8 pixels) of each, inside of the image.
+            questions: as many.
+            max_new_tokens: longest answer in tokens.
+            expects: as in `answer_about`.
+            distribution: as in `answer_about`.
+
+        Raises:
+            ImageError: not an RGB image, or a block that isn't inside of it.
+            EngineError: out of memory, or as many blocks as questions weren't given.
+        """
+        if len(blocks) != len(questions):
+            raise EngineError(f"{len(blocks)} marked images and {len(questions)} questions; give one block a question")
+        answers: list[Answer] = []
+        with _clear_errors(self.info, self._batch_size):
+            marked = MarkedImages(self.processor, image, blocks)
+            size = self._images_at_once(image)
+            for start in range(0, len(blocks), size):
+                inputs = marked.part(start, start + size)
+                prompts = self.processor.prompts(questions[start : start + size], inputs.grid_hw)
+                answers += self._answer([inputs], prompts, max_new_tokens, expects, distribution)
+        return answers
+
+    @torch.inference_mode()
     def depth_map(self, image: np.ndarray, question: str = "") -> np.ndarray:
         """The dense head's map, from one pass over chat header and image tokens.
 
@@ -250,7 +273,7 @@ class TransformersEngine:
         if self._head is None:
             raise DialectError(f"{self._no_head}: it does not speak the dense dialect; use a text dialect")
         with _clear_errors(self.info, 1):
-            inputs = self.processor.images([image])
+            inputs = self._images.prepare(image)
             return self.depth_of(self.processor.prompts([question], inputs.grid_hw)[0], inputs)
 
     @torch.inference_mode()
@@ -278,7 +301,7 @@ class TransformersEngine:
         Returns:
             (B, N, C) features at the image tokens, row-major over the token grid; (B, 4, N, C) for a DPT head.
         """
-        frame = self._compose(ids, (inputs,))
+        frame = self._images.compose(ids, (inputs,))
         at = torch.tensor(ids, device=self._device) == self.processor.image_token_id
         if self._decoder is None:
             hidden = self._plain.forward(frame.embeds, frame.position_ids, frame.deepstack, frame.is_image, None)
@@ -286,7 +309,7 @@ class TransformersEngine:
             _, hidden = self._prefill(frame, hidden=True)
         return head_features(self._head_mode, frame.deepstack, hidden[:, at])
 
-    def prefill(self, ids: Sequence[int], *inputs: ImageInputs) -> Prefix:
+    def prefill(self, ids: Sequence[int], *inputs: ImageInputs | MarkedInputs) -> Prefix:
         """Runs the vision tower and the language model over what all questions share.
 
         Args:
@@ -294,16 +317,16 @@ class TransformersEngine:
             inputs: the first image of each row, the second image of each row, ...; one row for all questions, or
                 one for each.
         """
-        return self._prefill(self._compose(ids, inputs))[0]
+        return self._prefill(self._images.compose(ids, inputs))[0]
 
-    def plain_prefill(self, ids: Sequence[int], *inputs: ImageInputs) -> PlainPrefix:
+    def plain_prefill(self, ids: Sequence[int], *inputs: ImageInputs | MarkedInputs) -> PlainPrefix:
         """`prefill` by the plain path."""
-        frame, cache = self._compose(ids, inputs), DynamicCache()
+        frame, cache = self._images.compose(ids, inputs), DynamicCache()
         self._plain.forward(frame.embeds, frame.position_ids, frame.deepstack, frame.is_image, cache)
         return PlainPrefix(cache, tuple(ids), frame.next_position)
 
     @torch.inference_mode()
-    def next_logits(self, ids: Sequence[int], split: int, *inputs: ImageInputs) -> torch.Tensor:
+    def next_logits(self, ids: Sequence[int], split: int, *inputs: ImageInputs | MarkedInputs) -> torch.Tensor:
         """(R, V) float32 scores of the token that follows whole prompts, for comparing paths with one another.
 
         Args:
@@ -320,22 +343,69 @@ class TransformersEngine:
         hidden = self._decoder.extend(torch.tensor(rest, device=self._device), prefix, own, slice(0, len(rest)))
         return self._answering.scored(hidden, None, None)[:, -1]
 
+    @torch.inference_mode()
+    def prove(self) -> None:
+        """Compares the fast path with transformers' own on a small image, and leaves it where they differ.
+
+        What was found is added to `info.reasons`.
+        """
+        if self._answering is None:
+            return
+        side = 4 * self.processor.patch_px
+        image = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
+        inputs = self.processor.images([image])
+        ids = self.processor.prompts(["How far is (17, 1948)?"], inputs.grid_hw)[0]
+        self._images.tower.prove(inputs.tensors)
+        fast = self.next_logits(ids, len(ids) - 6, inputs)
+        answering, self._answering = self._answering, None
+        plain = self.next_logits(ids, len(ids) - 6, inputs)
+        difference = float((fast - plain).abs().max() / plain.abs().max())
+        if difference <= TOLERANCE[self._dtype]:
+            self._answering = answering
+            told = f"answers by the lean decoder, its scores within {difference:.0e} of transformers' own"
+        else:
+            self._decoder = None
+            told = (
+                f"answers by transformers' own forward, which is slow: the lean decoder's scores differ by "
+                f"{difference:.1e}"
+            )
+        self.info = replace(self.info, reasons=(*self.info.reasons, self._images.tower.reason, told))
+
     def warm_up(self, width: int, height: int) -> None:
-        """Runs once at this size, so that the first frame doesn't pay for what is set up lazily."""
+        """Runs once at this size, so that the first frame doesn't pay for what is set up lazily.
+
+        The attention that is fastest at these sizes is measured and kept.
+        """
         image = np.zeros((height, width, 3), np.uint8)
+        if self._decoder is not None:
+            told = self._choose_attention(width * height // self.processor.patch_px**2)
+            self.info = replace(self.info, reasons=(*self.info.reasons, told))
         if self._head is not None:
             self.depth_map(image)
         self.answer_shared(image, [""], 2)
+        self._images.forget()
+
+    def encode_ahead(self, image: np.ndarray) -> bool:
+        """Encodes the next frame beside what runs now, on a GPU; may be called from another thread.
+
+        Returns:
+            Whether it was begun.
+        """
+        return self._images.encode_ahead(image)
+
+    def forget(self) -> None:
+        """Drops what is remembered of the last images; a benchmark does so before each round."""
+        self._images.forget()
 
     def close(self) -> None:
         """Frees the model's memory; the engine can't be used afterwards."""
-        del self.model, self._head, self._plain, self._decoder, self._answering
+        del self.model, self._head, self._plain, self._decoder, self._answering, self._images
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
     def _answer(
         self,
-        inputs: Sequence[ImageInputs],
+        inputs: Sequence[ImageInputs | MarkedInputs],
         prompts: Sequence[Sequence[int]],
         max_new_tokens: int,
         expects: str | None,
@@ -392,8 +462,28 @@ class TransformersEngine:
         if expects is None:
             return None
         if expects not in self._sentences:
-            self._sentences[expects] = Sentence(self.processor.tokenizer, expects, self._end_id)
+            self._sentences[expects] = Sentence(self.processor.tokenizer, expects)
         return self._sentences[expects]
+
+    def _choose_attention(self, image_tokens: int) -> str:
+        decoder = self._decoder
+        length = 64
+        rows = self._answering.planner.rows(length, 8)
+        size, prefix = decoder.head_size, image_tokens + length
+        shapes = [
+            ((1, rows * length, decoder.heads, size), (1, prefix, decoder.groups, size), False),
+            ((rows, length, decoder.heads, size), (rows, length, decoder.groups, size), True),
+        ]
+        names, told = fastest(shapes, self._device, self._dtype)
+        decoder.prefix_attention, decoder.own_attention = (backends(self._device)[name] for name in names)
+        return told
+
+    def _images_at_once(self, image: np.ndarray) -> int:
+        """Images that go through the vision tower together."""
+        if self._device.type == "cpu":
+            return CPU_IMAGES
+        tokens = image.shape[0] * image.shape[1] // self.processor.patch_px**2
+        return max(1, min(self._batch_size, self._answering.planner.group(8 * tokens) if self._answering else 8))
 
     def _prefill(self, frame: Composed, *, hidden: bool = False) -> tuple[Prefix, torch.Tensor | None]:
         positions = frame.position_ids
@@ -405,45 +495,6 @@ class TransformersEngine:
             hidden=hidden,
         )  # fmt: skip
 
-    def _compose(self, ids: Sequence[int], inputs: Sequence[ImageInputs]) -> Composed:
-        """Text and image tokens as the language model reads them."""
-        rows = inputs[0].count
-        is_token = [token == self.processor.image_token_id for token in ids]
-        places = torch.tensor([at for at, image in enumerate(is_token) if image], device=self._device)
-        input_ids = torch.tensor(ids, device=self._device).expand(rows, -1)
-        is_image = torch.tensor(is_token, device=self._device).expand(rows, -1)
-        encoded = [self._encode(images) for images in inputs]
-        tokens = _by_row([image_tokens for image_tokens, _ in encoded], rows)
-        deepstack = [_by_row(maps, rows) for maps in zip(*(maps for _, maps in encoded), strict=True)]
-        embeds = self.model.get_input_embeddings()(input_ids).index_copy(1, places, tokens.to(self._dtype))
-        position_ids, next_position = None, len(ids)
-        if self.info.architecture != "llava":
-            grids = torch.stack([images.tensors["image_grid_thw"] for images in inputs], dim=1)
-            # On the host: sizes become Python numbers in there, and the device would be waited for.
-            position_ids, _ = self.model.model.get_rope_index(
-                input_ids.cpu(), mm_token_type_ids=is_image.int().cpu(), image_grid_thw=grids.flatten(0, 1).cpu()
-            )
-            next_position = int(position_ids[:, 0].max()) + 1
-            position_ids = position_ids.to(self._device)
-        return Composed(tuple(ids), embeds, position_ids, next_position, deepstack, is_image, places)
-
-    def _encode(self, inputs: ImageInputs) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Image tokens (B * N, C) and DeepStack maps of the same shape."""
-        tensors = {name: value.to(self._device) for name, value in inputs.tensors.items()}
-        if self.info.architecture == "llava":
-            # Pixtral's tower attends over all images at once with a dense mask, so they go one by one.
-            one_by_one = [
-                self.model.model.get_image_features(**{name: value[i : i + 1] for name, value in tensors.items()})
-                for i in range(inputs.count)
-            ]
-            return torch.cat([torch.cat(list(out.pooler_output)) for out in one_by_one]), []
-        out = self.model.model.get_image_features(**tensors)
-        maps = out.deepstack_features if self.info.architecture == "qwen3_vl" else []
-        # transformers 5.14 gives whole tensors, 5.23 one for each image.
-        return torch.cat(list(out.pooler_output)), [
-            m if isinstance(m, torch.Tensor) else torch.cat(list(m)) for m in maps
-        ]
-
     def _same_size_batches(self, images: Sequence[np.ndarray]) -> Iterator[list[int]]:
         by_size: dict[tuple[int, ...], list[int]] = {}
         for row, image in enumerate(images):
@@ -451,12 +502,6 @@ class TransformersEngine:
         for rows in by_size.values():
             for start in range(0, len(rows), self._batch_size):
                 yield rows[start : start + self._batch_size]
-
-
-def _by_row(features: Sequence[torch.Tensor], rows: int) -> torch.Tensor:
-    """Features (rows * N_k, C) of the k-th images to (rows, sum of N_k, C): each row's images after one another."""
-    parts = [f.view(rows, -1, f.shape[-1]) for f in features]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
 def _attentions(device: torch.device) -> tuple[Attention, Attention]:
@@ -484,12 +529,6 @@ def _stop_ids(model: PreTrainedModel, processor: PromptProcessor) -> frozenset[i
     if ids is None:
         raise ModelError("the checkpoint names no end-of-sequence token; add eos_token_id to generation_config.json")
     return frozenset(ids if isinstance(ids, list) else [ids])
-
-
-def _end_id(processor: PromptProcessor, stop_ids: frozenset[int]) -> int:
-    """The token that ends a trained answer: the chat template's own where it is among those that stop."""
-    own = processor.tokenizer.eos_token_id
-    return own if own in stop_ids else min(stop_ids)
 
 
 def _deepstack_maps(checkpoint: Checkpoint) -> int:
