@@ -70,7 +70,25 @@ def test_sizes_that_come_again_are_not_worked_out_again(parts, monkeypatch):
     object.__setattr__(tower._tower, "grid", lambda hw: made.append(hw) or grid(hw))
     for side in (2, 3, 3, 2, 4, 3):
         tower(processor.images([scene(processor.patch_px * side, processor.patch_px * 4)]).tensors, 1)
-    assert len(made) == 3
+    assert len(made) == 4  # 2, 3, 4 and 3 again: it made room for 4, as 2 had just been used
+
+
+def test_one_image_on_a_gpu_is_one_recording_and_gives_the_same(parts):
+    """The recording stands in for a GPU's; what is recorded must not look at the host's tensors."""
+    architecture, model, processor = parts
+    tower = VisionTower(model, architecture)
+    made = []
+
+    def record(function):
+        made.append(function)
+        outputs = function()
+        return lambda: [place.copy_(value) for place, value in zip(outputs, function(), strict=True)], outputs
+
+    tower.record = record
+    for seed in (1, 2):
+        inputs = processor.images([scene(*SIZES[architecture], seed)])
+        assert difference(tower(inputs.tensors, 1), VisionTower(model, architecture)(inputs.tensors, 1)) < 1e-6
+    assert len(made) == 1
 
 
 def test_a_tower_that_proves_itself_stays_lean(parts):
@@ -154,8 +172,8 @@ def test_marked_images_are_encoded_as_the_drawn_ones(parts, chunk):
     tower = VisionTower(parts[1], parts[0])
     theirs = module_alone(parts)(parts[2]._stock(drawn).tensors, len(drawn))
     encoded = [tower.encode_marked(images.part(at, at + chunk)) for at in range(0, len(images), chunk)]
-    ours = torch.cat([tokens for tokens, _ in encoded]), [torch.cat(maps) for maps in zip(*(m for _, m in encoded), strict=True)]  # fmt: skip
-    assert difference(ours, theirs) < 1e-5
+    maps = [torch.cat(parts_of_map) for parts_of_map in zip(*(maps for _, maps in encoded), strict=True)]
+    assert difference((torch.cat([tokens for tokens, _ in encoded]), maps), theirs) < 1e-5
 
 
 def test_marks_are_encoded_by_the_module_where_the_tower_is_not_lean(parts):
@@ -174,7 +192,8 @@ def test_a_mark_may_be_of_any_size(parts):
     theirs = processor._stock([paste(image, block) for block in blocks])
     tower = VisionTower(model, architecture)
     assert difference(tower.encode_marked(images.part(0, 3)), module_alone(parts)(theirs.tensors, 3)) < 1e-5
-    assert difference(tower.encode_marked(images.part(2, 3)), tower(processor._stock([paste(image, blocks[2])]).tensors, 1)) < 1e-5  # fmt: skip
+    alone = tower(processor._stock([paste(image, blocks[2])]).tensors, 1)
+    assert difference(tower.encode_marked(images.part(2, 3)), alone) < 1e-5
 
 
 def test_a_change_that_the_whole_image_looks_at_is_as_exact(parts):
@@ -214,7 +233,10 @@ def test_another_base_image_is_not_taken_for_the_last_one(parts):
         assert difference(tower.encode_marked(part), theirs) < 1e-5
 
 
-@pytest.mark.parametrize(("top", "left", "shape"), [(-1, 0, (5, 5, 3)), (0, 140, (5, 5, 3)), (0, 0, (5, 5)), (0, 0, (0, 5, 3))])  # fmt: skip
+BEYOND = [(-1, 0, (5, 5, 3)), (0, 140, (5, 5, 3)), (0, 0, (5, 5)), (0, 0, (0, 5, 3))]
+
+
+@pytest.mark.parametrize(("top", "left", "shape"), BEYOND)
 def test_a_block_beyond_the_image_is_refused(parts, top, left, shape):
     with pytest.raises(ImageError, match="isn't inside"):
         MarkedImages(parts[2], scene(96, 144), [(top, left, np.zeros(shape, np.uint8))])

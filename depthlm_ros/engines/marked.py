@@ -268,7 +268,7 @@ def _members(grid: Grid, device: torch.device) -> tuple[torch.Tensor, torch.Tens
 
 
 def _distinct(windows: torch.Tensor) -> torch.Tensor:
-    """(B, most) windows of each image, its first one again where it has fewer; all of them on a GPU, which can't wait."""
+    """(B, most) windows of each image, its first one again where it has fewer; all of them on a GPU, not to wait."""
     if windows.is_cuda:
         return windows
     own = [list(dict.fromkeys(row)) for row in windows.tolist()]

@@ -182,7 +182,7 @@ class PromptProcessor:
     def _blank(
         self, count: int, height: int, width: int, dtype: torch.dtype, device: torch.device | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """An empty `pixel_values`, and its view (B, 3, times, h, merge, side, w, merge, side) for planes of an image."""
+        """An empty `pixel_values`, and its view (B, 3, times, h, merge, side, w, merge, side) for an image's planes."""
         side, merge, times = self.vision_patch_px, self._merge, self._times
         h, w = height // (side * merge), width // (side * merge)
         if times == 1:

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 import torch
 from transformers import PreTrainedModel
 
+from depthlm_ros.engines.graphs import Graphed, Recorder
 from depthlm_ros.engines.marked import MarkedInputs, SharedStart
 from depthlm_ros.engines.processor import ImageInputs
 from depthlm_ros.engines.vision_readers import Grid, read_tower
@@ -35,6 +36,7 @@ class VisionTower:
     Attributes:
         lean: whether the lean forward is used.
         reason: how the tower runs and why, one sentence.
+        record: what records the pass of a single image; None for CUDA graphs on a GPU and nothing elsewhere.
     """
 
     def __init__(self, model: PreTrainedModel, architecture: str, *, lean: bool = True) -> None:
@@ -42,7 +44,9 @@ class VisionTower:
         self._architecture = architecture
         self._grids: dict[tuple[int, int], Grid] = {}
         self._shared: SharedStart | None = None
+        self._graphs: Graphed | None = None
         self.lean = lean
+        self.record: Recorder | None = None
         self.reason = "vision tower: lean" if lean else "vision tower: transformers' own because it was asked for"
         vision = model.config.vision_config
         self._patch_px = vision.patch_size
@@ -68,7 +72,17 @@ class VisionTower:
         if not self.lean:
             return self._module(tensors, count)
         grid = self._grid(tensors)
-        return self._run(self.embed(tensors, grid).flatten(0, 1), count, grid)
+        if count > 1:  # enough work for the device to hide what starting it costs
+            return self._run(self.embed(tensors, grid).flatten(0, 1), count, grid)
+        if self._graphs is None:
+            self._graphs = Graphed(self._one, record=self.record)
+        tokens, *maps = self._graphs(grid.hw, tensors["pixel_values"].to(self._device, non_blocking=True))
+        return tokens, maps
+
+    def _one(self, hw: tuple[int, int], pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        grid = self._grids[hw]
+        tokens, maps = self._run(self.embed({"pixel_values": pixels}, grid)[0], 1, grid)
+        return (tokens, *maps)
 
     @torch.inference_mode()
     def encode_marked(self, marked: MarkedInputs | ImageInputs) -> Encoded:
@@ -147,11 +161,16 @@ class VisionTower:
         else:
             # The processor's tensors lie in the host's memory, so this waits for nothing.
             hw = tuple(tensors["image_grid_thw"][0, 1:].tolist())
-        if hw not in self._grids:
+        grid = self._grids.pop(hw, None)
+        if grid is None:
             if len(self._grids) == GRIDS:
                 del self._grids[next(iter(self._grids))]
-            self._grids[hw] = self._tower.grid(hw)
-        return self._grids[hw]
+                # Recordings read a grid's tensors wherever they were.
+                if self._graphs is not None:
+                    self._graphs.clear()
+            grid = self._tower.grid(hw)
+        self._grids[hw] = grid  # the one that was used last is the last
+        return grid
 
     @property
     def _width(self) -> int:

@@ -28,7 +28,7 @@ class Grid:
     """What a tower needs to know of an image's size: all of it is made once for each size.
 
     Attributes:
-        tokens: patches of an image.
+        hw: rows and columns of patches.
         order: (N,) the processor's patches in the tower's order; None where they are the same.
         back: (N / merge^2,) the tower's image tokens in the language model's order; None likewise.
         position: (N, C) learned embedding of each place, or None.
@@ -36,12 +36,17 @@ class Grid:
         windows: of layers that see a window only.
     """
 
-    tokens: int
+    hw: tuple[int, int]
     order: torch.Tensor | None
     back: torch.Tensor | None
     position: torch.Tensor | None
     turns: Turns
     windows: tuple[Windows, ...] = ()
+
+    @property
+    def tokens(self) -> int:
+        """Patches of an image."""
+        return self.hw[0] * self.hw[1]
 
 
 @dataclass(frozen=True)
@@ -94,7 +99,7 @@ def _qwen3(model: PreTrainedModel) -> Architecture:
     def grid(hw: tuple[int, int]) -> Grid:
         places = _places(hw, merge, table.device)
         position = _resampled(table, places, hw).to(table.dtype)
-        return Grid(len(places), None, None, position, Turns.of((places[..., None] * frequencies).flatten(1)))
+        return Grid(hw, None, None, position, Turns.of((places[..., None] * frequencies).flatten(1)))
 
     return Architecture(
         patches=_as_they_are,
@@ -141,7 +146,7 @@ def _qwen2_5(model: PreTrainedModel) -> Architecture:
         units = units.to(device)
         order = (units[:, None] * merge * merge + torch.arange(merge * merge, device=device)).flatten()
         turns = Turns.of((_places(hw, merge, device)[order][..., None] * frequencies).flatten(1))
-        return Grid(len(order), order, units.argsort(), None, turns, windows)
+        return Grid(hw, order, units.argsort(), None, turns, windows)
 
     norm = rms_norm(tower.merger.ln_q.weight, tower.merger.ln_q.variance_epsilon)
     mlp = plain_mlp(tower.merger.mlp[0], tower.merger.mlp[2], "gelu")
@@ -180,7 +185,7 @@ def _pixtral(model: PreTrainedModel) -> Architecture:
     def grid(hw: tuple[int, int]) -> Grid:
         places = _places(hw, 1, frequencies.device)
         angles = torch.cat([places[:, :1] * frequencies[0::2], places[:, 1:] * frequencies[1::2]], dim=1)
-        return Grid(len(places), None, None, None, Turns.of(angles))
+        return Grid(hw, None, None, None, Turns.of(angles))
 
     conv = tower.patch_conv
     first = Linear(conv.weight.flatten(1), conv.bias)
