@@ -2,10 +2,10 @@
 
 make bench
 
-Everything runs on one core, OpenCV's, torch's and the middleware's threads included. `test_image_in_cloud_out` is a whole
-frame but for the model: image message, decoding, the model's view, pixels, answers that are ready at once, cloud message,
-published through rclpy to a subscription in this process. The bars: 3 ms at 640x480, 10 ms at 1920x1080, and 5 ms for
-`test_cloud_of_300000_points_built_and_published`.
+Everything runs on one core, OpenCV's, torch's and the middleware's threads included. `test_image_in_cloud_out` is a
+whole frame but for the model: image message, decoding, the model's view, pixels, answers that are ready at once, cloud
+message, published through rclpy to a subscription in this process. The bars: 3 ms at 640x480, 10 ms at 1920x1080, and
+5 ms for `test_cloud_of_300000_points_built_and_published`.
 """
 
 from __future__ import annotations
