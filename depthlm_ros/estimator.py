@@ -28,7 +28,7 @@ from depthlm_ros.engines.base import Answer, Engine
 from depthlm_ros.errors import ConfigError, PixelError, unknown_choice
 from depthlm_ros.expectation import Expected, check_distribution
 from depthlm_ros.map_reading import MapReader, map_reader
-from depthlm_ros.markers import MARGIN_PX, draw_arrow, drawable
+from depthlm_ros.markers import MARGIN_PX, arrow_patch, drawable
 from depthlm_ros.prompts import (
     LONGEST_NUMBER,
     compact_questions,
@@ -353,11 +353,13 @@ class Estimator:
         for start in range(0, len(rows), _CHUNK):
             some = rows[start : start + _CHUNK]
             with clock("marker"):
-                images = [draw_arrow(view.image, (u, v)) for u, v in at[some].astype(int).tolist()]
+                blocks = [arrow_patch(view.image, (u, v)) for u, v in at[some].astype(int).tolist()]
             with clock("model"):
-                questions = [marker_question()] * len(images)
+                questions = [marker_question()] * len(blocks)
                 options = {"expects": self.card.answer_template("marker"), **options}
-                answers += self.engine.answer_each(images, questions, self.card.max_new_tokens, **options)
+                answers += self.engine.answer_marked(
+                    view.image, blocks, questions, self.card.max_new_tokens, **options
+                )
             progress(len(some))
         return self._read(answers, rows, asked, "distribution" in options)
 

@@ -12,6 +12,7 @@ from depthlm_ros.cards import load_card
 from depthlm_ros.depth import EuclideanDistance
 from depthlm_ros.engines import load_engine
 from depthlm_ros.engines.base import Answer, EngineInfo, ImageGrid
+from depthlm_ros.engines.marked import paste
 from depthlm_ros.errors import CameraError, ConfigError, DialectError, LicenceError, PixelError
 from depthlm_ros.estimator import Estimator
 from depthlm_ros.markers import draw_arrow
@@ -45,6 +46,9 @@ class Parrot:
 
     def answer_shared(self, image, questions, max_new_tokens, *, expects=None):
         return self.answer_each([image], questions, max_new_tokens, expects=expects)
+
+    def answer_marked(self, image, blocks, questions, max_new_tokens, **options):
+        return self.answer_each([paste(image, block) for block in blocks], questions, max_new_tokens, **options)
 
     def answer_each(self, images, questions, max_new_tokens, *, expects=None):
         self.expected.append(expects)

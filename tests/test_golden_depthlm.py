@@ -17,6 +17,7 @@ from depthlm_ros.benchmark import run_protocol
 from depthlm_ros.camera import Camera, unify
 from depthlm_ros.cards import load_card
 from depthlm_ros.engines.base import Answer, EngineInfo, ImageGrid
+from depthlm_ros.engines.marked import paste
 from depthlm_ros.estimator import Estimator
 from depthlm_ros.markers import draw_arrow, drawable
 
@@ -49,6 +50,9 @@ class Eye:
 
     def __init__(self):
         self.seen = []
+
+    def answer_marked(self, image, blocks, questions, max_new_tokens, **options):
+        return self.answer_each([paste(image, block) for block in blocks], questions, max_new_tokens, **options)
 
     def answer_each(self, images, questions, max_new_tokens, *, expects=None):
         self.seen += [(image.shape[1::-1], image, text) for image, text in zip(images, questions, strict=True)]

@@ -21,6 +21,7 @@ from depthlm_ros.cards import load_card
 from depthlm_ros.cli import main
 from depthlm_ros.depthvlm_bench import bench_delta1, bench_points, bench_points_per_image, in_range
 from depthlm_ros.engines.base import Answer, EngineInfo, ImageGrid
+from depthlm_ros.engines.marked import paste
 from depthlm_ros.errors import ConfigError, DatasetError
 from depthlm_ros.estimator import Estimator
 from depthlm_ros.prompts import answer_text
@@ -155,6 +156,9 @@ class Parrot:
 
     def __init__(self, text: str = "") -> None:
         self.text, self.asked, self.metres = text, 0, 1.5
+
+    def answer_marked(self, image, blocks, questions, max_new_tokens, **options):
+        return self.answer_each([paste(image, block) for block in blocks], questions, max_new_tokens, **options)
 
     def answer_each(self, images, questions, max_new_tokens, *, expects=None):
         self.asked += len(images)

@@ -132,5 +132,26 @@ class Engine(Protocol):
     ) -> list[Answer]:
         """Answers question i about image i."""
 
+    def answer_marked(
+        self,
+        image: np.ndarray,
+        blocks: Sequence[tuple[int, int, np.ndarray]],
+        questions: Sequence[str],
+        max_new_tokens: int,
+        *,
+        expects: str | None = None,
+        distribution: bool = False,
+    ) -> list[Answer]:
+        """Answers question i about the image with block i pasted into it.
+
+        Args:
+            image: (H, W, 3) uint8 RGB.
+            blocks: row and column of the upper left corner, and (h, w, 3) uint8 pixels, of each.
+            questions: as many.
+            max_new_tokens: longest answer.
+            expects: as in `answer_shared`.
+            distribution: as in `answer_shared`.
+        """
+
     def depth_map(self, image: np.ndarray, question: str) -> np.ndarray:
         """The dense head's (H', W') float32 output in metres; H', W' = the processor's final size."""
