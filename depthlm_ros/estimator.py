@@ -402,7 +402,7 @@ class Estimator:
         texts = [""] * len(asked)
         metres[rows] = parse_depths(answer.text for answer in answers)
         confidence[rows] = [answer.confidence for answer in answers]
-        for row, answer in zip(rows, answers, strict=True):
+        for row, answer in zip(rows.tolist(), answers, strict=True):
             texts[row] = answer.text
         expected = Expected.of(answers, rows, len(asked)) if distribution else None
         return _Said(metres, confidence, asked, tuple(texts), expected)

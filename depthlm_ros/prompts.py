@@ -24,6 +24,7 @@ import math
 import operator
 import re
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 
 import numpy as np
 
@@ -246,6 +247,8 @@ def answer_template(dialect: str, points: int = 1) -> str:
     return _SENTENCE
 
 
+# A frame's answers repeat each other, and those of the frame before.
+@lru_cache(maxsize=4096)
 def parse_depth(text: str) -> float | None:
     """Reads the depth from an answer; never raises, whatever a model may write.
 
