@@ -7,7 +7,8 @@ Key names and order of operations are the published ones, so its checkpoints loa
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -87,10 +88,11 @@ class DPTDepthHead(nn.Module):
         """Images of one size: (B, 4, N, C) to (B, patch_px * h, patch_px * w) metres."""
         h, w = grid_hw
         scales = []
-        for features, project, resize in zip(maps.unbind(1), self.projects, self.resize_layers, strict=True):
-            plane = self.norm(features).transpose(1, 2).unflatten(2, (h, w))
-            scales.append(resize(project(plane)))
-        raw = self.scratch(scales, (self.patch_px * h, self.patch_px * w))
+        with _whole_float32():
+            for features, project, resize in zip(maps.unbind(1), self.projects, self.resize_layers, strict=True):
+                plane = self.norm(features).transpose(1, 2).unflatten(2, (h, w))
+                scales.append(resize(project(plane)))
+            raw = self.scratch(scales, (self.patch_px * h, self.patch_px * w))
         return functional.softplus(raw[:, 0])
 
 
@@ -147,6 +149,16 @@ class _Residual(nn.Module):
         # published weights have learnt that.
         x = functional.relu(x)
         return x + self.conv2(functional.relu(self.conv1(x)))
+
+
+@contextmanager
+def _whole_float32() -> Iterator[None]:
+    """Convolutions with all 24 bits: on a GPU torch's default is TF32, which keeps 11 of them."""
+    cudnn = torch.backends.cudnn
+    with cudnn.flags(
+        enabled=cudnn.enabled, benchmark=cudnn.benchmark, deterministic=cudnn.deterministic, allow_tf32=False
+    ):
+        yield
 
 
 def _resample(plane: torch.Tensor, size: Sequence[int]) -> torch.Tensor:

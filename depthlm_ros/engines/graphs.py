@@ -6,6 +6,7 @@ for. On a CPU there is nothing to record: the function is called.
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 
@@ -20,7 +21,7 @@ WARM_UPS = 3  # as in PyTorch's notes on CUDA graphs: libraries choose their ker
 
 
 class Graphed:
-    """A function of tensors of static shapes, recorded where that pays.
+    """A function of tensors of static shapes, recorded where that pays. Threads and CUDA streams may share it.
 
     Args:
         function: (key, tensors...) to a tuple of tensors, without waiting for the device and without branches on
@@ -39,6 +40,8 @@ class Graphed:
         self._capacity = capacity
         self._record = record
         self._kept: OrderedDict[Hashable, tuple[Replay, Tensors, Tensors]] = OrderedDict()
+        self._lock = threading.Lock()
+        self._free: torch.cuda.Event | None = None
         self.reason: str | None = None
 
     def __call__(self, key: Hashable, *tensors: torch.Tensor) -> Tensors:
@@ -55,14 +58,25 @@ class Graphed:
         if record is None or self.reason is not None:
             return self._function(key, *tensors)
         shapes = (key, *((tuple(x.shape), x.dtype, x.device) for x in tensors))
-        if shapes not in self._kept and not self._try_to_record(record, shapes, key, tensors):
-            return self._function(key, *tensors)
+        with self._lock:
+            if shapes in self._kept or self._try_to_record(record, shapes, key, tensors):
+                return self._replayed(shapes, tensors)
+        return self._function(key, *tensors)
+
+    def _replayed(self, shapes: Hashable, tensors: Sequence[torch.Tensor]) -> Tensors:
         self._kept.move_to_end(shapes)
         replay, inputs, outputs = self._kept[shapes]
+        stream = torch.cuda.current_stream(tensors[0].device) if tensors[0].is_cuda else None
+        if stream is not None and self._free is not None:
+            stream.wait_event(self._free)  # another stream may still be at work in the same memory
         for place, value in zip(inputs, tensors, strict=True):
             place.copy_(value, non_blocking=True)
         replay()
-        return tuple(x.clone() for x in outputs)
+        copies = tuple(x.clone() for x in outputs)
+        if stream is not None:
+            self._free = torch.cuda.Event()
+            self._free.record(stream)
+        return copies
 
     @property
     def recorded(self) -> int:
@@ -71,7 +85,8 @@ class Graphed:
 
     def clear(self) -> None:
         """Drops all recordings and their memory."""
-        self._kept.clear()
+        with self._lock:
+            self._kept.clear()
 
     def _try_to_record(
         self, record: Recorder, shapes: Hashable, key: Hashable, tensors: Sequence[torch.Tensor]
@@ -83,11 +98,11 @@ class Graphed:
             replay, outputs = record(lambda: self._function(key, *inputs))
         except torch.OutOfMemoryError:
             # The frame may yet fit without a recording, which keeps the memory of a whole pass.
-            self.clear()
+            self._kept.clear()
             self.reason = "no CUDA graphs because a recording doesn't fit into the GPU's memory"
             return False
         except RuntimeError as error:
-            self.clear()
+            self._kept.clear()
             self.reason = f"no CUDA graphs because recording failed: {str(error).splitlines()[0]}"
             return False
         self._kept[shapes] = (replay, inputs, outputs)
@@ -107,6 +122,7 @@ def record_cuda(function: Callable[[], Tensors]) -> tuple[Replay, Tensors]:
             function()
     torch.cuda.current_stream().wait_stream(aside)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # Other threads go on with work of their own meanwhile.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         outputs = function()
     return graph.replay, outputs

@@ -42,6 +42,13 @@ class Composed:
     is_image: torch.Tensor
     image_places: torch.Tensor
 
+    @property
+    def positions(self) -> torch.Tensor:
+        """`position_ids`, or (R, P) places one after another where there is no M-RoPE."""
+        if self.position_ids is not None:
+            return self.position_ids
+        return torch.arange(len(self.token_ids), device=self.embeds.device).expand(len(self.embeds), -1)
+
 
 @dataclass
 class Known:

@@ -23,6 +23,7 @@ from depthlm_ros.engines.batches import Batch, PlainPrefix, shared_length
 from depthlm_ros.engines.cascade import Attention, backends, fastest
 from depthlm_ros.engines.checkpoint import Checkpoint, open_checkpoint
 from depthlm_ros.engines.decoder import Decoder, Prefix
+from depthlm_ros.engines.dense import DensePass
 from depthlm_ros.engines.dense_head import MLPDepthHead, head_features, load_head, unsupported_head
 from depthlm_ros.engines.devices import choose_placement
 from depthlm_ros.engines.digits import DigitGrammar, NumberDistribution, expand_numbers
@@ -81,10 +82,13 @@ class TransformersEngine:
         self._plain = PlainPath(model, info.architecture, self._stop_ids, penalty)
         self._decoder: Decoder | None = None
         self._answering: Answering | None = None
+        self._dense: DensePass | None = None
         self._images = ImageReader(model, processor, info.architecture, lean=not plain)
         if not plain:
             self._decoder = Decoder(model, info.architecture, *_attentions(self._device))
             self._answering = Answering(self._decoder, _planner(self._decoder, self._device), self._stop_ids, penalty)
+            if head is not None:
+                self._dense = DensePass(self._decoder, head, head_mode)
 
     @property
     def plain(self) -> bool:
@@ -288,6 +292,8 @@ class TransformersEngine:
             (H', W') float32 metres, computed in float32 whatever the format of the model's weights.
         """
         last = len(ids) - ids[::-1].index(self.processor.image_token_id)
+        if self._dense is not None:
+            return self._dense(self._images.compose(ids[:last], (inputs,)), inputs.grid_hw).cpu().numpy()
         features = self.image_features(ids[:last], inputs)
         return self._head(features[0].float(), inputs.grid_hw).cpu().numpy()
 
@@ -302,12 +308,11 @@ class TransformersEngine:
             (B, N, C) features at the image tokens, row-major over the token grid; (B, 4, N, C) for a DPT head.
         """
         frame = self._images.compose(ids, (inputs,))
-        at = torch.tensor(ids, device=self._device) == self.processor.image_token_id
         if self._decoder is None:
             hidden = self._plain.forward(frame.embeds, frame.position_ids, frame.deepstack, frame.is_image, None)
         else:
             _, hidden = self._prefill(frame, hidden=True)
-        return head_features(self._head_mode, frame.deepstack, hidden[:, at])
+        return head_features(self._head_mode, frame.deepstack, hidden[:, frame.image_places])
 
     def prefill(self, ids: Sequence[int], *inputs: ImageInputs | MarkedInputs) -> Prefix:
         """Runs the vision tower and the language model over what all questions share.
@@ -364,7 +369,7 @@ class TransformersEngine:
             self._answering = answering
             told = f"answers by the lean decoder, its scores within {difference:.0e} of transformers' own"
         else:
-            self._decoder = None
+            self._decoder = self._dense = None
             told = (
                 f"answers by transformers' own forward, which is slow: the lean decoder's scores differ by "
                 f"{difference:.1e}"
@@ -399,7 +404,7 @@ class TransformersEngine:
 
     def close(self) -> None:
         """Frees the model's memory; the engine can't be used afterwards."""
-        del self.model, self._head, self._plain, self._decoder, self._answering, self._images
+        del self.model, self._head, self._plain, self._decoder, self._answering, self._dense, self._images
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -486,12 +491,8 @@ class TransformersEngine:
         return max(1, min(self._batch_size, self._answering.planner.group(8 * tokens) if self._answering else 8))
 
     def _prefill(self, frame: Composed, *, hidden: bool = False) -> tuple[Prefix, torch.Tensor | None]:
-        positions = frame.position_ids
-        if positions is None:
-            length = len(frame.token_ids)
-            positions = torch.arange(length, device=self._device).expand(len(frame.embeds), -1)
         return self._decoder.prefill(
-            frame.embeds, positions, frame.token_ids, frame.deepstack, frame.image_places, frame.next_position,
+            frame.embeds, frame.positions, frame.token_ids, frame.deepstack, frame.image_places, frame.next_position,
             hidden=hidden,
         )  # fmt: skip
 

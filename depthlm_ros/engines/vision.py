@@ -8,6 +8,7 @@ pixels only: what they share is computed once.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 
 import torch
@@ -43,6 +44,7 @@ class VisionTower:
         self._model = model
         self._architecture = architecture
         self._grids: dict[tuple[int, int], Grid] = {}
+        self._lock = threading.Lock()
         self._shared: SharedStart | None = None
         self._graphs: Graphed | None = None
         self.lean = lean
@@ -74,13 +76,12 @@ class VisionTower:
         grid = self._grid(tensors)
         if count > 1:  # enough work for the device to hide what starting it costs
             return self._run(self.embed(tensors, grid).flatten(0, 1), count, grid)
-        if self._graphs is None:
-            self._graphs = Graphed(self._one, record=self.record)
-        tokens, *maps = self._graphs(grid.hw, tensors["pixel_values"].to(self._device, non_blocking=True))
+        with self._lock:
+            self._graphs = self._graphs or Graphed(self._one, record=self.record)
+        tokens, *maps = self._graphs(grid, tensors["pixel_values"].to(self._device, non_blocking=True))
         return tokens, maps
 
-    def _one(self, hw: tuple[int, int], pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        grid = self._grids[hw]
+    def _one(self, grid: Grid, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
         tokens, maps = self._run(self.embed({"pixel_values": pixels}, grid)[0], 1, grid)
         return (tokens, *maps)
 
@@ -161,16 +162,14 @@ class VisionTower:
         else:
             # The processor's tensors lie in the host's memory, so this waits for nothing.
             hw = tuple(tensors["image_grid_thw"][0, 1:].tolist())
-        grid = self._grids.pop(hw, None)
-        if grid is None:
-            if len(self._grids) == GRIDS:
-                del self._grids[next(iter(self._grids))]
-                # Recordings read a grid's tensors wherever they were.
-                if self._graphs is not None:
-                    self._graphs.clear()
-            grid = self._tower.grid(hw)
-        self._grids[hw] = grid  # the one that was used last is the last
-        return grid
+        with self._lock:
+            grid = self._grids.pop(hw, None)
+            if grid is None:
+                if len(self._grids) == GRIDS:
+                    del self._grids[next(iter(self._grids))]
+                grid = self._tower.grid(hw)
+            self._grids[hw] = grid  # the one that was used last is the last
+            return grid
 
     @property
     def _width(self) -> int:

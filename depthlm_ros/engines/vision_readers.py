@@ -23,9 +23,11 @@ from depthlm_ros.engines.vision_blocks import (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Grid:
     """What a tower needs to know of an image's size: all of it is made once for each size.
+
+    It is a key by its identity: a recording that reads its tensors keeps them.
 
     Attributes:
         hw: rows and columns of patches.
