@@ -91,6 +91,7 @@ class Calibration:
             DatasetError: no depth, or arrays of different lengths.
         """
         confidence, right = _pair(confidence, right)
+        right = _shared_by_equals(confidence, right)
         groups = _groups(confidence, max(1, min(GROUPS, len(confidence) // _LEAST)))
         # Rounding mustn't make the mean of equal confidences fall.
         said = np.maximum.accumulate([confidence[g].mean() for g in groups])
@@ -177,6 +178,7 @@ def reliability(confidence: np.ndarray, right: np.ndarray, groups: int = GROUPS)
         DatasetError: no depth, or arrays of different lengths.
     """
     confidence, right = _pair(confidence, right)
+    right = _shared_by_equals(confidence, right)
     members = _groups(confidence, min(groups, len(confidence)))
     return Reliability(
         tuple(float(confidence[g].mean()) for g in members),
@@ -226,6 +228,12 @@ def _isotonic(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 def _groups(confidence: np.ndarray, count: int) -> list[np.ndarray]:
     return np.array_split(np.argsort(confidence, kind="stable"), count)
+
+
+def _shared_by_equals(confidence: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """(N,) share that is right among points of the very same confidence, so that their order can't matter."""
+    _, which, count = np.unique(confidence, return_inverse=True, return_counts=True)
+    return (np.bincount(which, right) / count)[which]
 
 
 def _pair(confidence: np.ndarray, right: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
