@@ -185,8 +185,22 @@ class Parameters:
     )
     sampling: str = _setting(
         "grid",
-        "Where the asked pixels lie: an even grid, at random, or random with even spacing (blue_noise).",
-        choices=("grid", "random", "blue_noise"),
+        "Where the asked pixels lie: an even grid, at random, random with even spacing (blue_noise), denser beside the "
+        "image's edges (edges), or half of them evenly and half where the first half's answers were unsure or differed "
+        "(uncertainty, which asks twice).",
+        choices=("grid", "random", "blue_noise", "edges", "uncertainty"),
+        dynamic=True,
+    )
+    region: str = _setting(
+        "",
+        "The part of the image that is asked: column and row of its corner, width and height in pixels, such as "
+        '"100, 80, 200, 150". Empty: the whole image.',
+        dynamic=True,
+    )
+    densify: bool = _setting(
+        False,
+        "Fill the depth image between the asked pixels along the edges of the colour image. The cloud keeps to the "
+        "asked pixels. Changes nothing where every pixel is asked, as in the dense dialect while `points` is 0.",
         dynamic=True,
     )
     min_confidence: float = _setting(
@@ -246,6 +260,7 @@ class Parameters:
     def __post_init__(self) -> None:
         for spec in specs():
             object.__setattr__(self, spec.name, spec.check(getattr(self, spec.name)))
+        read_region(self.region)
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> Parameters:
@@ -296,6 +311,25 @@ class Parameters:
         if self.depth_value != "greedy":
             arguments["depth_value"] = self.depth_value
         return arguments
+
+
+def read_region(text: str) -> tuple[int, int, int, int] | None:
+    """Reads `region`: (u, v, width, height) in pixels, None for the whole image.
+
+    Raises:
+        ConfigError: not four whole numbers, a corner before 0, or a region without pixels.
+    """
+    if not text.strip():
+        return None
+    try:
+        u, v, width, height = (int(part) for part in text.split(","))
+    except ValueError:
+        u = v = width = height = -1
+    if min(u, v) < 0 or min(width, height) < 1:
+        raise ConfigError(
+            f"region is {text!r}; give column and row of its corner, width and height, such as 100, 80, 200, 150"
+        )
+    return u, v, width, height
 
 
 def specs() -> tuple[Spec, ...]:

@@ -24,6 +24,8 @@ _SIDE = 320
 # Grey levels taken for the same, so that noise raises no dams: the watershed's water then rises evenly and the
 # nearer of two points wins.
 _LEVEL = 4
+# No pixel belongs to a point farther away than this many times the mean spacing of the points.
+_FAR = 6.0
 # Neighbours of a cell that are looked at, those with the longest common border.
 _NEIGHBOURS = 8
 # How much of its say a neighbour keeps across a border of this contrast (of 255): 1/e; never less than a tenth, since
@@ -37,8 +39,8 @@ _FITS = 3
 _RINGS, _RING_WEIGHT = 3, 0.5
 # Pull of slopes to 0, in units of the squared mean spacing of the points.
 _RIDGE = 0.01
-# A plane is not followed beyond the depths found on it by more than this factor and half of their range.
-_BEYOND, _SPARE = 1.05, 0.5
+# A plane is not followed beyond the depths found on it, as far as it looks, by more than this factor.
+_BEYOND = 1.05
 # A point that no neighbour agrees with keeps its cell if it is at least this sure, in units of the usual confidence.
 _SUPPORT = 0.5
 
@@ -109,7 +111,26 @@ def _cells(pixels: np.ndarray, weight: np.ndarray, image: np.ndarray, spacing: f
     order = np.argsort(weight, kind="stable")
     markers[at[order, 1], at[order, 0]] = order + 1
     cv2.watershed(cv2.copyMakeBorder(levels, 1, 1, 1, 1, cv2.BORDER_REPLICATE), markers)
-    return _without_dams(markers[1:-1, 1:-1] - 1, small), small
+    cells = _without_dams(markers[1:-1, 1:-1] - 1, small)
+    return _without_leaks(cells, at - 1, _FAR * spacing / shrink), small
+
+
+def _without_leaks(cells: np.ndarray, at: np.ndarray, far: float) -> np.ndarray:
+    """Gives pixels farther than this from the point that they belong to, to the nearest one.
+
+    Through the corners of a chessboard a cell may run across the whole image.
+    """
+    height, width = cells.shape
+    u, v = at.astype(np.float32).T
+    away = cv2.magnitude(
+        u[cells] - np.arange(width, dtype=np.float32), v[cells] - np.arange(height, dtype=np.float32)[:, None]
+    )
+    leaks = away > far
+    if not leaks.any():
+        return cells
+    free = np.ones(cells.shape, np.uint8)
+    free[at[:, 1], at[:, 0]] = 0
+    return np.where(leaks, _nearest_of(cells, free), cells)
 
 
 def _without_dams(cells: np.ndarray, small: np.ndarray) -> np.ndarray:
@@ -129,9 +150,14 @@ def _without_dams(cells: np.ndarray, small: np.ndarray) -> np.ndarray:
     dams = (cells < 0).astype(np.uint8)
     if not dams.any():
         return cells
-    _, label = cv2.distanceTransformWithLabels(dams, cv2.DIST_L1, 3, labelType=cv2.DIST_LABEL_PIXEL)
+    return _nearest_of(cells, dams)
+
+
+def _nearest_of(values: np.ndarray, free: np.ndarray) -> np.ndarray:
+    """(H, W) int32: of each pixel the value of the nearest pixel that isn't free."""
+    _, label = cv2.distanceTransformWithLabels(free, cv2.DIST_L2, 5, labelType=cv2.DIST_LABEL_PIXEL)
     nearest = np.zeros(label.max() + 1, np.int32)
-    nearest[label[dams == 0]] = cells[dams == 0]
+    nearest[label[free == 0]] = values[free == 0]
     return nearest[label]
 
 
@@ -190,13 +216,13 @@ def _planes(
             gathered = moments + _RING_WEIGHT * (together[:, None] @ gathered[neighbours])[:, 0]
         planes = _solved(gathered, at, inverse)
     middle = (planes * one).sum(axis=1)
-    around = np.where(together > 0.1, middle[neighbours], middle[:, None])
-    least, most = np.minimum(around.min(axis=1), middle), np.maximum(around.max(axis=1), middle)
-    spare = _SPARE * (most - least)
-    least, most = np.maximum(least - spare, least / 2) / _BEYOND, (most + spare) * _BEYOND
+    least = most = middle
+    for _ in range(_RINGS):
+        least = np.minimum(np.where(together > 0.1, least[neighbours], least[:, None]).min(axis=1), least)
+        most = np.maximum(np.where(together > 0.1, most[neighbours], most[:, None]).max(axis=1), most)
     support = weight + (together * weight[neighbours]).sum(axis=1)
     planes[support < _SUPPORT * np.median(weight)] = np.nan
-    return np.concatenate([planes, least[:, None], most[:, None]], axis=1)
+    return np.concatenate([planes, least[:, None] / _BEYOND, most[:, None] * _BEYOND], axis=1)
 
 
 def _first_planes(

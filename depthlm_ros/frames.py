@@ -128,8 +128,9 @@ class FramePath:
         if done.measured is None:
             return replace(done, published=True)
         (image, info), frame, measured = done.arrival.pair, done.frame, done.measured
+        depth_m = measured.depth_image(frame.image) if "depth" in done.wanted else None
         messages = build_outputs(
-            done.wanted, frame.image, frame.camera, info, image.header, measured.query, measured.result
+            done.wanted, frame.image, frame.camera, info, image.header, measured.query, measured.result, depth_m
         )
         built = time.perf_counter()
         self._node.publish(done.activation, messages)

@@ -22,7 +22,7 @@ from depthlm_ros.errors import DialectError
 from depthlm_ros.expectation import check_distribution
 from depthlm_ros.messages import decode_compressed, decode_image, header_stamp_ns
 from depthlm_ros.pose import RelativePose
-from depthlm_ros.queries import Query, keep_good, plan_query
+from depthlm_ros.queries import Query, ask_frame, densified_image, depth_image, keep_good, points_asked
 
 if TYPE_CHECKING:
     from depthlm_ros.estimator import Estimator
@@ -51,11 +51,19 @@ class Measurement:
         query: what was asked.
         answer: what was answered.
         result: the answer without what the parameters leave out.
+        parameters: as they were when it was asked.
     """
 
     query: Query
     answer: DepthResult
     result: DepthResult
+    parameters: Parameters
+
+    def depth_image(self, image: np.ndarray) -> np.ndarray:
+        """(H, W) float32 z-depth in metres of the (H, W, 3) uint8 image: NaN where not asked, or filled along edges."""
+        if self.parameters.densify and points_asked(self.parameters, self.answer.dialect):
+            return densified_image(self.answer, image, self.parameters)
+        return depth_image(self.result, image.shape[1], image.shape[0])
 
 
 @dataclass(frozen=True)
@@ -192,10 +200,9 @@ class Inference:
             DepthLMError: as `Estimator.estimate`.
         """
         frame, dialect = prepared.frame, spoken_dialect(self._estimator, parameters)
-        height, width = frame.image.shape[:2]
-        query = plan_query(parameters, dialect, width, height, whole)
-        answer = self._estimate(frame, query.pixels, dialect, parameters, prepared.view)
-        return Measurement(query, answer, keep_good(answer, parameters))
+        options = _options(parameters, prepared.view)
+        query, answer = ask_frame(self._estimator, frame.image, frame.camera, parameters, dialect, whole, **options)
+        return Measurement(query, answer, keep_good(answer, parameters), parameters)
 
     def ask(self, frame: Frame, texts: Sequence[str], parameters: Parameters) -> list[str]:
         """Answers free questions about one frame, which is encoded once for all of them.
@@ -255,29 +262,19 @@ class Inference:
         """Drops the frame that the next pose would be told from."""
         self._previous = None
 
-    def _estimate(
-        self,
-        frame: Frame,
-        pixels: np.ndarray,
-        dialect: str | None,
-        parameters: Parameters,
-        view: UnifiedView | None = None,
-    ) -> DepthResult:
-        return self._estimator.estimate(
-            frame.image,
-            frame.camera,
-            pixels,
-            dialect=dialect,
-            undrawable=parameters.undrawable,
-            view=view,
-            **parameters.answer_arguments(),
-        )
+    def _estimate(self, frame: Frame, pixels: np.ndarray, dialect: str, parameters: Parameters) -> DepthResult:
+        options = _options(parameters, None)
+        return self._estimator.estimate(frame.image, frame.camera, pixels, dialect=dialect, **options)
 
     @staticmethod
     def _outside(frame: Frame, pixel: np.ndarray) -> PointAnswer:
         u, v = pixel
         size = f"{frame.camera.width}x{frame.camera.height}"
         return PointAnswer(np.full(3, np.nan), f"pixel ({u:g}, {v:g}) is outside of the {size} image")
+
+
+def _options(parameters: Parameters, view: UnifiedView | None) -> dict[str, Any]:
+    return {"undrawable": parameters.undrawable, "view": view, **parameters.answer_arguments()}
 
 
 def _point_answer(

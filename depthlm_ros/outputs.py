@@ -37,6 +37,7 @@ def build_outputs(
     header: Header,
     query: Query,
     result: DepthResult,
+    depth_m: np.ndarray | None = None,
 ) -> dict[str, Any]:
     """Builds the messages of one frame.
 
@@ -48,6 +49,7 @@ def build_outputs(
         header: of the image; every output carries its stamp and its optical frame.
         query: what was asked.
         result: what was answered, one row for each of the query's pixels.
+        depth_m: (H, W) the depth image; None takes the result's rows alone.
 
     Returns:
         Topic name to message.
@@ -58,7 +60,8 @@ def build_outputs(
         messages["points"] = _cloud(image, camera, stamp_ns, frame_id, query, result)
     if "depth" in wanted:
         height, width = image.shape[:2]
-        messages["depth"] = depth_message(depth_image(result, width, height), stamp_ns, frame_id)
+        whole = depth_image(result, width, height) if depth_m is None else depth_m
+        messages["depth"] = depth_message(whole, stamp_ns, frame_id)
         messages["depth/camera_info"] = copy.copy(info)
         messages["depth/camera_info"].header = header
     if "overlay" in wanted:

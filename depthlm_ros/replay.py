@@ -37,7 +37,7 @@ from depthlm_ros.evaluate import (
 )
 from depthlm_ros.messages import header_stamp_ns, read_cloud
 from depthlm_ros.middleware import use_large_message_profile
-from depthlm_ros.queries import plan_query
+from depthlm_ros.queries import plan_query, points_asked
 
 # Above 101 the ports of a domain (7400 + 250 * domain) run into those that Linux hands out itself.
 _DOMAINS = range(1, 101)
@@ -378,13 +378,14 @@ def _answered(player: _Player, recorded: RecordedFrame, index: int, sent_s: floa
 def _with_unanswered(frame: AnsweredFrame, parameters: Parameters, dialect: str) -> AnsweredFrame:
     """Adds the pixels that were asked but have no point in the cloud, so that they count as wrong.
 
-    A list cloud holds answers only; which pixels were asked follows from the parameters. Points that a filter of
-    the node removed on purpose are no missing answers.
+    A list cloud holds answers only; which pixels were asked follows from the parameters, unless `sampling` follows the
+    answers. Points that a filter of the node removed on purpose are no missing answers.
     """
-    if parameters.max_depth_m or parameters.min_confidence:
+    by_answers = points_asked(parameters, dialect) > 0 and parameters.sampling == "uncertainty"
+    if parameters.max_depth_m or parameters.min_confidence or by_answers:
         return frame
     height, width = frame.image.shape[:2]
-    asked = plan_query(parameters, dialect, width, height, whole=False).pixels.astype(int)
+    asked = plan_query(parameters, dialect, width, height, whole=False, image=frame.image).pixels.astype(int)
     at = np.rint(frame.pixels).astype(int)
     missing = asked[~np.isin(asked[:, 1] * width + asked[:, 0], at[:, 1] * width + at[:, 0])]
     return replace(

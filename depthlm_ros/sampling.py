@@ -117,20 +117,29 @@ def sample_pixels(
     return np.stack([u + left, v + top], axis=1).astype(np.float32)
 
 
-def stride_pixels(width: int, height: int, stride: int) -> np.ndarray:
+def stride_pixels(width: int, height: int, stride: int, region: Region | None = None) -> np.ndarray:
     """Every stride-th pixel in both directions, row by row, each in the middle of its stride x stride cell.
+
+    Args:
+        width: image width in pixels.
+        height: image height in pixels.
+        stride: in pixels.
+        region: `(u, v, width, height)` inside the image, filled with cells from its corner on; None = all of it.
 
     Returns:
         (N, 2) float32 `(u, v)`, integer-valued.
 
     Raises:
         ConfigError: a stride below 1.
-        PixelError: an empty image.
+        PixelError: an empty image, or a region that isn't inside the image.
     """
     if stride < 1:
         raise ConfigError(f"stride is {stride}; it must be at least 1 pixel")
-    _area(width, height, 0, None)
-    u, v = (np.arange(min(stride // 2, (size - 1) // 2), size, stride) for size in (width, height))
+    left, top, columns, rows = _area(width, height, 0, region)
+    u, v = (
+        start + np.arange(min(stride // 2, (size - 1) // 2), size, stride)
+        for start, size in ((left, columns), (top, rows))
+    )
     return np.stack(np.meshgrid(u, v), axis=-1).reshape(-1, 2).astype(np.float32)
 
 
@@ -216,9 +225,7 @@ def _steepest(slopes: np.ndarray) -> np.ndarray:
     return np.where(high > -low, high, low)
 
 
-def _area(
-    width: int, height: int, margin_px: int, region: Region | None
-) -> tuple[int, int, int, int]:
+def _area(width: int, height: int, margin_px: int, region: Region | None) -> tuple[int, int, int, int]:
     """Image without margin, cut by the region, as (left, top, columns, rows)."""
     if width < 1 or height < 1:
         raise PixelError(f"image size {width}x{height} has no pixels")
