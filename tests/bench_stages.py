@@ -147,21 +147,23 @@ def frame_of(asked: str, publish: Callable[[Any], None]) -> Callable[[Any, Any],
 @pytest.mark.parametrize("asked", ASKED)
 def test_image_in_cloud_out(benchmark, size, lens, asked, publish):
     camera, run = camera_of(*size, lens), frame_of(asked, publish)
-    messages = rgb_message(picture(*size), 1, "optical"), camera_info_message(camera, 1, "optical")
-    run(*messages)
-    benchmark(run, *messages)
+    info = camera_info_message(camera, 1, "optical")
+    # Two, because a message that was decoded a moment ago isn't decoded again.
+    images = itertools.cycle([rgb_message(picture(*size), stamp, "optical") for stamp in (1, 2)])
+    run(next(images), info)
+    benchmark(lambda: run(next(images), info))
 
 
 @pytest.mark.parametrize("asked", ["dense", "256-in-words"])
 def test_the_first_frame_of_a_camera(benchmark, size, lens, asked, publish):
     camera, run = camera_of(*size, lens), frame_of(asked, publish)
-    image = rgb_message(picture(*size), 1, "optical")
+    images = itertools.cycle([rgb_message(picture(*size), stamp, "optical") for stamp in (1, 2)])
     # Another principal point is another camera.
     shifts = itertools.count(1)
 
     def another() -> tuple[tuple[Any, Any], dict[str, Any]]:
         new = replace(camera, cx=camera.cx + next(shifts) / 1000)
-        return (image, camera_info_message(new, 1, "optical")), {}
+        return (next(images), camera_info_message(new, 1, "optical")), {}
 
     benchmark.pedantic(run, setup=another, rounds=5)
 

@@ -55,6 +55,7 @@ class PacedEstimator:
         self.entered = threading.Event()
         self.closed = threading.Event()
         self.calls: list[tuple[str, int]] = []
+        self.prepared = 0
 
     def describe(self) -> list[str]:
         return ["a test's estimator"]
@@ -63,6 +64,7 @@ class PacedEstimator:
         self.closed.set()
 
     def prepare(self, image: np.ndarray, camera: Camera) -> UnifiedView:
+        self.prepared += 1
         return UnifiedView(image, camera, "exact", camera)
 
     def estimate(
@@ -296,8 +298,46 @@ def test_the_newest_frame_wins_and_dropped_ones_are_counted(worlds):
     status = world.status_where(lambda s: value(s, "frames processed") == "2", "diagnostics of two frames")
     assert (value(status, "frames received"), value(status, "frames dropped")) == ("5", "3")
     assert value(status, "latency model ms") == "1.0 (95 %: 1.0)"
+    stages = ["decode", "unify", "prepare-wait", "model", "message", "publish", "total"]
+    assert [entry.key for entry in status.values if "latency" in entry.key] == [f"latency {s} ms" for s in stages]
     assert float(value(status, "fps")) > 0
     assert value(status, "device") == "cpu" and value(status, "why") == "it is a test"
+
+
+def with_a_frame_prepared(world: World) -> None:
+    """Frame 1 is in the model, frame 2 is ready for it."""
+    world.listen(PointCloud2, "points")
+    world.camera()
+    world.estimator.gate.clear()
+    world.send(stamp=1)
+    assert world.estimator.entered.wait(PATIENCE_S)
+    world.send(stamp=2)
+    until(lambda: world.estimator.prepared == 2, "frame 2 to be prepared")
+
+
+def test_parameters_changed_when_a_frame_is_prepared_count_for_it(worlds):
+    world = worlds()
+    with_a_frame_prepared(world)
+    for name, content in (("points", 12), ("dialect", "coordinates")):
+        assert world.set(name, content)[0].successful
+    world.estimator.gate.set()
+    until(lambda: len(world.heard["points"]) == 2, "two clouds")
+    assert world.estimator.calls[1] == ("coordinates", 12)
+
+
+def test_a_prepared_frame_is_dropped_when_the_node_is_deactivated(worlds):
+    world = worlds()
+    with_a_frame_prepared(world)
+    world.transition(Transition.TRANSITION_DEACTIVATE)
+    world.transition(Transition.TRANSITION_ACTIVATE)
+    world.estimator.gate.set()
+    until(lambda: world.node.counts.processed == 1, "frame 1 to be finished")
+    until(lambda: world.publishers["image"].get_subscription_count() == 1, "the node to subscribe again")
+    until(lambda: world.node.connected, "the node to find its camera")
+    world.send(stamp=3)
+    until(lambda: world.heard["points"], "a cloud")
+    assert [m.header.stamp.nanosec for m in world.heard["points"]] == [3]
+    assert world.node.counts.dropped == 1
 
 
 def broken(**changes: Any) -> Image:
