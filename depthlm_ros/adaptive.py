@@ -115,7 +115,7 @@ def estimate_in_two_passes(
     Raises:
         DepthLMError: as `Estimator.estimate` and `sample_pixels`.
     """
-    dialect = estimator.card.require_dialect(dialect or estimator.card.default_dialect)
+    dialect = dialect or estimator.card.default_dialect
     width, height = camera.width, camera.height
     looks = max(1, round(count * FIRST_SHARE))
     pixels = sample_pixels(width, height, looks, "blue_noise", seed, region=region)

@@ -20,7 +20,7 @@ from depthlm_ros.errors import ConfigError, DatasetError, DepthLMError, ImageErr
 from depthlm_ros.protocols import PROTOCOLS, PUBLISHED_SAMPLES
 
 MODEL_SETTINGS = ("model", "commercial_use", "dialect", "policy", "device", "dtype", "batch_size")
-PIXEL_SETTINGS = ("points", "points_per_question", "stride", "sampling", "undrawable")
+PIXEL_SETTINGS = ("points", "points_per_question", "stride", "sampling", "region", "densify", "undrawable")
 ANSWER_SETTINGS = ("distribution", "depth_value", "calibration")
 FILTERS = ("max_depth_m", "min_confidence")
 RESULTS = Path("results/latest")
@@ -113,11 +113,13 @@ def _estimate(arguments: argparse.Namespace) -> int:
     from depthlm_ros.inference import check_answers
     from depthlm_ros.photographs import read_photograph
     from depthlm_ros.ply import write_ply
-    from depthlm_ros.queries import depth_image, keep_good, plan_query
+    from depthlm_ros.queries import ask_frame, densified_image, depth_image, keep_good, points_asked
 
     parameters = config.from_arguments(arguments)
     if arguments.depth is not None and arguments.depth.suffix not in (".npy", ".png"):
         raise ImageError(f"depth file {arguments.depth} has suffix {arguments.depth.suffix!r}; use .npy or .png")
+    if parameters.densify and arguments.depth is None:
+        raise ConfigError("--densify fills the depth image; name one with --depth")
     image = read_photograph(arguments.image, upright=True)
     camera = camera_of(arguments, image.shape[1], image.shape[0])
     estimator = _load(arguments, parameters)
@@ -125,13 +127,15 @@ def _estimate(arguments: argparse.Namespace) -> int:
         print(line)
     dialect = parameters.dialect or estimator.card.default_dialect
     check_answers(estimator, parameters, dialect)
-    query = plan_query(parameters, dialect, camera.width, camera.height, whole=arguments.depth is not None)
-    with tqdm(total=len(query.pixels), desc="estimate", unit="point", disable=None) as bar:
-        answer = estimator.estimate(
+    count = points_asked(parameters, dialect)
+    with tqdm(total=count or None, desc="estimate", unit="point", disable=None) as bar:
+        query, answer = ask_frame(
+            estimator,
             image,
             camera,
-            query.pixels,
-            dialect=dialect,
+            parameters,
+            dialect,
+            whole=arguments.depth is not None,
             progress=bar.update,
             undrawable=parameters.undrawable,
             **parameters.answer_arguments(),
@@ -156,7 +160,12 @@ def _estimate(arguments: argparse.Namespace) -> int:
         print(f"depth: median {middle:.2f} m, 5 % to 95 %: {low:.2f} m to {high:.2f} m")
     print(f"wrote {arguments.out} ({written} points)")
     if arguments.depth is not None:
-        _write_depth(arguments.depth, depth_image(result, camera.width, camera.height))
+        if parameters.densify and count:
+            depth_m = densified_image(answer, image, parameters)
+            print(f"the depth image is filled in between the {int(answer.valid.sum())} points")
+        else:
+            depth_m = depth_image(result, camera.width, camera.height)
+        _write_depth(arguments.depth, depth_m)
     return 0 if written else 1
 
 
@@ -276,6 +285,10 @@ def _add_evaluate(commands) -> None:
     )
     _add_reader_options(parser)
     _add_model(parser, (*MODEL_SETTINGS, "points", "points_per_question", *ANSWER_SETTINGS))
+    between = parser.add_argument_group(
+        "depth between points", "scored beside the asked points, not with them; points are then placed by --sampling"
+    )
+    config.add_arguments(between, ("sampling", "densify"))
     parser.set_defaults(run=_evaluate)
 
 
@@ -309,6 +322,8 @@ def _evaluate(arguments: argparse.Namespace) -> int:
                     dialect=dialect,
                     points=parameters.points,
                     **parameters.answer_arguments(),
+                    densify=parameters.densify,
+                    sampling=parameters.sampling,
                     seed=arguments.seed,
                     **reader,
                 )
@@ -323,13 +338,17 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 def _check_protocol(arguments: argparse.Namespace) -> None:
     from depthlm_ros.benchmark import check_protocol
 
+    if arguments.sampling != config.spec("sampling").default and not arguments.densify:
+        raise ConfigError(
+            f"--sampling {arguments.sampling} places the points of --densify; without it, labels are asked"
+        )
     if arguments.protocol is None:
         if arguments.samples is not None:
             raise ConfigError(f"--samples {arguments.samples} counts a protocol's questions; name one with --protocol")
         return
     if arguments.samples is not None and arguments.samples < 0:
         raise ConfigError(f"--samples is {arguments.samples}; give 0 for all, or how many")
-    for name in ("points", "seed", "distribution"):
+    for name in ("points", "seed", "distribution", "densify"):
         if getattr(arguments, name):
             raise ConfigError(f"--{name} {getattr(arguments, name)} has no meaning with --protocol; leave it out")
     if arguments.source.suffix != ".jsonl":

@@ -22,9 +22,11 @@ from tqdm import tqdm
 
 from depthlm_ros.calibration import Calibration, Kind, calibrated_elsewhere, reliability
 from depthlm_ros.camera import Camera
-from depthlm_ros.config import POINTS_IN_WORDS
+from depthlm_ros.config import POINTS_IN_WORDS, Parameters
+from depthlm_ros.densified import Between, Densified, compare_between, densified_scores
 from depthlm_ros.errors import BagError, DatasetError, DepthLMError
 from depthlm_ros.metrics import best_constant, delta1_interval, depth_metrics, row_prior, within_delta1
+from depthlm_ros.queries import ask_frame, densified_image
 
 Item = TypeVar("Item")
 
@@ -51,6 +53,7 @@ class AnsweredFrame:
         truth_m: (H, W) z-depth in metres, NaN where unknown; None without ground truth.
         latency_s: from handing the image over to having the answer.
         depth_map_m: (H, W) depth image that came along, NaN where unknown; None where there is none.
+        densified: a depth image that was filled in between points, which is scored by itself; None where none was.
     """
 
     name: str
@@ -62,6 +65,7 @@ class AnsweredFrame:
     truth_m: np.ndarray | None
     latency_s: float
     depth_map_m: np.ndarray | None = None
+    densified: Densified | None = None
 
 
 @dataclass(frozen=True)
@@ -138,6 +142,7 @@ class Tally:
     pictures: list[AnsweredFrame] = field(default_factory=list)
     _compared: list[Compared] = field(default_factory=list)
     _heights: list[int] = field(default_factory=list)
+    _between: list[Between] = field(default_factory=list)
 
     def add(self, frame: AnsweredFrame) -> None:
         """Scores one frame."""
@@ -157,6 +162,8 @@ class Tally:
         )
         self._compared.append(compared)
         self._heights.append(frame.image.shape[0])
+        if frame.densified is not None and frame.truth_m is not None:
+            self._between.append(compare_between(frame.densified, frame.truth_m, seed=index))
         if index in self._shown():
             self.pictures.append(frame)
 
@@ -192,6 +199,7 @@ class Tally:
             "labels": sum(c.labels for c in self._compared),
             "compared": len(true),
             "match_px": self.match_px,
+            **({"densified": between} if (between := densified_scores(self._between)) else {}),
         }
 
     def verdicts(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -381,9 +389,16 @@ def evaluate(
     points_per_question: int = 1,
     distribution: bool = False,
     depth_value: str = "greedy",
+    densify: bool = False,
+    sampling: str = "grid",
     **reader_options,
 ) -> Run:
     """Asks an estimator at labelled pixels and scores it. No ROS.
+
+    With `densify` the depth between asked points is scored too, by itself. Where truth is a map, the points asked are
+    then those that `sampling` places, and what is filled in between them is scored at all other pixels; where it is a
+    list of labels, these are asked as ever, and what is filled in between as many points placed by `sampling` is
+    scored at the labels.
 
     Args:
         source: a labels file (.jsonl) or a recording with ground truth.
@@ -393,6 +408,8 @@ def evaluate(
         seed: of the choice among more labels than that.
         on_frame: called with each scored frame.
         points_per_question, distribution, depth_value: as in `Estimator.estimate`.
+        densify: score depth between points as well.
+        sampling: where the points lie that it is filled in between, as in `Parameters`.
         **reader_options: `images`, `depths`, `depth_kind` of `LabelledImages`.
 
     Raises:
@@ -415,16 +432,27 @@ def evaluate(
         pixels = asked_pixels(truth_m, most, seed + index)
         if not len(pixels):
             continue
+        filled = None
         started = time.perf_counter()
-        result = estimator.estimate(image, camera, pixels, dialect=dialect, **answered)
-        seconds = time.perf_counter() - started
-        frame = AnsweredFrame(name, image, camera, result.pixels, result.depth_m, result.confidence, truth_m, seconds)
+        if densify:
+            placed = Parameters(points=most, sampling=sampling)
+            _, result = ask_frame(estimator, image, camera, placed, dialect, whole=True, **answered)
+            seconds = time.perf_counter() - started
+            filled = Densified(densified_image(result, image, placed), result.pixels)
+        if not densify or np.isfinite(truth_m).mean() < DENSE_SHARE:
+            started = time.perf_counter()
+            result = estimator.estimate(image, camera, pixels, dialect=dialect, **answered)
+            seconds = time.perf_counter() - started
+        rows = result.pixels, result.depth_m, result.confidence
+        frame = AnsweredFrame(name, image, camera, *rows, truth_m, seconds, filled and filled.depth_m, filled)
         tally.add(frame)
         if on_frame is not None:
             on_frame(frame)
     if not tally.frames:
         error = DatasetError if source.suffix == ".jsonl" else BagError
         raise error(f"{source} has {total} images but not one with a true depth; there is nothing to score against")
+    if densify:
+        notes = (*notes, f"depth between points is filled in from {most} points an image, sampling {sampling}")
     if dialect == "compact":
         notes = (*notes, f"{points_per_question} points a question")
     if distribution:

@@ -23,6 +23,7 @@ import yaml
 from depthlm_ros.bags import BagInfo, RecordedFrame, bag_info, read_frames
 from depthlm_ros.cards import load_card
 from depthlm_ros.config import NODE_NAME, Parameters
+from depthlm_ros.densified import Densified
 from depthlm_ros.encodings import decode_depth
 from depthlm_ros.errors import BagError, EngineError, MissingDependencyError
 from depthlm_ros.evaluate import (
@@ -102,7 +103,7 @@ def replay(bag: str | Path, settings: dict, options: ReplayOptions | None = None
             play = _in_lockstep if options.rate is None else _in_real_time
             failures: list[str] = []
             for frame in up_to_failure(play(player, progress(frames, total, "replay"), options), failures):
-                tally.add(_with_unanswered(frame, parameters, dialect))
+                tally.add(_with_densified(_with_unanswered(frame, parameters, dialect), parameters, dialect))
             if process.poll() is None:
                 player.wait_for_report()
             run = _run(info, tally, player, options, parameters, dialect)
@@ -394,6 +395,13 @@ def _with_unanswered(frame: AnsweredFrame, parameters: Parameters, dialect: str)
         depth_m=np.concatenate([frame.depth_m, np.full(len(missing), np.nan, np.float32)]),
         confidence=np.concatenate([frame.confidence, np.zeros(len(missing), np.float32)]),
     )
+
+
+def _with_densified(frame: AnsweredFrame, parameters: Parameters, dialect: str) -> AnsweredFrame:
+    """Says of a depth image that the node filled in that it did so."""
+    if not parameters.densify or not points_asked(parameters, dialect) or frame.depth_map_m is None:
+        return frame
+    return replace(frame, densified=Densified(frame.depth_map_m, frame.pixels))
 
 
 def _run(

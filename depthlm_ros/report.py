@@ -111,6 +111,7 @@ def summary(run: Run) -> str:
             f"  compared      {scores['compared']} of {scores['labels']} true depths, "
             f"{depth['answered']} with an answer (without one is wrong)",
         ]
+        lines += [f"  δ1, between   {_between_words(scores['densified'])}"] if "densified" in scores else []
         calibration = run.tally.calibration()
         lines += [f"  calibration   {_calibration_words(calibration)}"] if calibration else []
     else:
@@ -173,7 +174,9 @@ def page(run: Run) -> str:
         sections.append(_time_section(run))
     depth = {f"{name}": value for name, value in scores.get("depth", {}).items()}
     sections.append('<div class="two">')
-    sections += [_table("Depth", depth)] if depth else []
+    between = scores.get("densified", {})
+    sections += [_table("Depth at asked points" if between else "Depth", depth)] if depth else []
+    sections += [_table("Depth between asked points, filled in", _between_rows(between))] if between else []
     sections += [_table("Run", run.figures), _table("Environment", run.environment), "</div>"]
     if run.notes:
         sections.append("<h2>Notes</h2><ul>" + "".join(f"<li>{_text(note)}</li>" for note in run.notes) + "</ul>")
@@ -227,6 +230,30 @@ def _score_section(run: Run, scores: dict) -> str:
         f"{charts.error_histogram(predicted, true)}"
         '<p class="soft">Logarithmic; green counts as right in δ1.</p></div></div>'
     )
+
+
+def _between_words(between: dict) -> str:
+    depth, near = between["depth"], between["near_edges"]
+    words = (
+        f"{_number(depth['delta1'])}{_interval_words(between)}, AbsRel {_number(depth['abs_rel'])}: filled in between "
+    )
+    words += f"the asked points, {between['pixels']} pixels, {depth['answered']} with a depth"
+    return words + (f"; near edges {_number(near['depth']['delta1'])}{_interval_words(near)}" if near else "")
+
+
+def _between_rows(between: dict) -> dict:
+    near = between["near_edges"]
+    rows = {"pixels": between["pixels"], "δ1, 95 % of image draws": _interval_words(between).strip(" ()") or None}
+    rows |= between["depth"]
+    if near:
+        rows |= {f"{name}, near edges": near["depth"][name] for name in ("delta1", "abs_rel", "rmse")}
+        rows["δ1 near edges, 95 % of image draws"] = _interval_words(near).strip(" ()") or None
+    return rows
+
+
+def _interval_words(scores: dict) -> str:
+    interval = scores["delta1_interval_95"]
+    return f" ({interval[0]:.3f} to {interval[1]:.3f})" if interval else ""
 
 
 def _calibration_words(calibration: dict) -> str:

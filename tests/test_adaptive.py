@@ -26,7 +26,7 @@ class Oracle:
 
     def __init__(self, dialects: tuple[str, ...] = ("coordinates",)) -> None:
         self.asked: list[np.ndarray] = []
-        self.card = SimpleNamespace(default_dialect=dialects[0], require_dialect=lambda dialect: dialect)
+        self.card = SimpleNamespace(default_dialect=dialects[0])
 
     def estimate(self, image, camera, pixels, *, dialect, progress=None) -> DepthResult:
         self.asked.append(pixels)

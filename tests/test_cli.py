@@ -62,6 +62,26 @@ def test_estimate_writes_cloud_and_depth(tmp_path, photograph, model, capsys):
     assert np.array_equal(cloud["red"], picture()[rows, columns, 0])
 
 
+@pytest.mark.slow
+def test_estimate_fills_in_the_depth_image_and_not_the_cloud(tmp_path, photograph, model, capsys):
+    out, depth = tmp_path / "cloud.ply", tmp_path / "depth.npy"
+    command = ["estimate", photograph, "--fx", "60", "--model", model, "--device", "cpu", "--out", str(out)]
+    command += ["--points", "60", "--sampling", "uncertainty", "--densify", "--depth", str(depth)]
+    assert main(command) == 0
+    assert f"wrote {out} (60 points)" in capsys.readouterr().out
+    assert np.isfinite(np.load(depth)).mean() > 0.5
+
+
+def test_densify_without_a_depth_image_is_refused_before_the_model_is_loaded(photograph, capsys):
+    assert main(["estimate", photograph, "--fx", "60", "--model", "nothing", "--out", "c.ply", "--densify"]) == 1
+    assert "name one with --depth" in capsys.readouterr().err
+
+
+def test_evaluate_refuses_a_sampling_that_would_place_nothing(capsys):
+    assert main(["evaluate", "labels.jsonl", "--model", "nothing", "--sampling", "edges"]) == 1
+    assert "places the points of --densify" in capsys.readouterr().err
+
+
 def test_estimate_says_which_points_the_marker_cannot_reach(tmp_path, photograph, llava_checkpoint, capsys):
     command = ["estimate", photograph, "--fx", "750", "--model", str(llava_checkpoint), "--device", "cpu"]
     command += ["--points", "12", "--out", str(tmp_path / "cloud.ply")]

@@ -512,6 +512,17 @@ def test_the_depth_image_is_nan_where_nothing_was_asked(worlds):
     assert np.isfinite(decode_depth(world.heard["depth"][0])).sum() == 20
 
 
+def test_the_depth_image_is_filled_in_between_the_asked_pixels_where_that_is_wanted(worlds):
+    world = worlds(points=20, densify=True)
+    world.listen(Image, "depth")
+    world.listen(PointCloud2, "points")
+    world.camera()
+    world.send(stamp=7)
+    until(lambda: world.heard["depth"] and world.heard["points"], "a depth image and a cloud")
+    assert np.isfinite(decode_depth(world.heard["depth"][0])).mean() > 0.8
+    assert world.heard["points"][0].width == 20
+
+
 def test_the_overlay_colours_the_asked_pixels(worlds):
     world = worlds(points=20)
     world.listen(Image, "overlay")
