@@ -338,8 +338,11 @@ def test_the_demo_says_the_same_by_the_cheap_tree_as_by_the_exact_one():
         plain = PlainNumbers(demo.engine, image, questions, "<think> The point is around ")
         exact = expand_numbers(plain.start, plain, grammar, exact=True)
         cheap = expand_numbers(plain.start, plain, grammar)
-        answers = demo.engine.answer_shared(image, questions, 48)
+        expects = demo.card.answer_template("coordinates")
+        answers = demo.engine.answer_shared(image, questions, 48, expects=expects, distribution=True)
     for a, b, answer in zip(exact, cheap, answers, strict=True):
+        for figure in FIGURES:
+            assert getattr(answer.number, figure) == pytest.approx(getattr(b, figure), rel=1e-3)
         assert b.sigma_log == pytest.approx(a.sigma_log, abs=0.02)
         assert b.median == pytest.approx(a.median, rel=0.03)
         assert b.mass == pytest.approx(a.mass, abs=0.01) and b.mass > 0.98
