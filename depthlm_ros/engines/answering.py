@@ -18,8 +18,11 @@ from dataclasses import dataclass, field
 import torch
 
 from depthlm_ros.engines.decoder import Continuations, Decoder, Places, Prefix
-from depthlm_ros.engines.planner import Planner
+from depthlm_ros.engines.planner import Planner, attempt
 from depthlm_ros.engines.speculation import Sentence
+
+# Scores that are there at the same time.
+SCORED_BYTES = 256 << 20
 
 
 @dataclass
@@ -99,16 +102,27 @@ class Answering:
         """
         self.work = Work()
         rows = [Row(suffix) for suffix in suffixes]
+        if max_new_tokens < 1:
+            return rows
         # Rows of one length need no padding.
         order = sorted(range(len(rows)), key=lambda at: len(suffixes[at]))
         longest = max(map(len, suffixes)) + max_new_tokens
-        size = self.planner.group(longest)
-        for start in range(0, len(order), size):
+        start, size = 0, self.planner.group(longest)
+        while start < len(order):
             numbers = order[start : start + size]
-            group = Group(self, prefix, numbers, [rows[at] for at in numbers], max_new_tokens, sentence)
+            group = attempt(
+                lambda numbers=numbers: Group(
+                    self, prefix, numbers, [rows[at] for at in numbers], max_new_tokens, sentence
+                ),
+                lambda numbers=numbers: self.planner.halve_group(longest, len(numbers)),
+            )
+            if group is None:
+                size = self.planner.group(longest)
+                continue
             group.run(None if guesses is None else [guesses[at] for at in numbers])
             if finished is not None:
                 finished(numbers, group)
+            start += len(numbers)
         return rows
 
     def room(self, rows: int, capacity: int) -> Continuations:
@@ -137,6 +151,11 @@ class Answering:
         ids = torch.cat([seen[:, None].expand(-1, places, -1), before], dim=-1)
         values = scores.gather(-1, ids)
         return scores.scatter(-1, ids, torch.where(values < 0, values * self._penalty, values / self._penalty))
+
+    def parts(self, hidden: torch.Tensor) -> list[slice]:
+        """Rows of (B, k, C) states that are scored together: scores of a large vocabulary are larger than all else."""
+        size = max(1, SCORED_BYTES // (4 * hidden.shape[1] * len(self.decoder.lm_head.weight)))
+        return [slice(at, at + size) for at in range(0, len(hidden), size)]
 
     @property
     def penalised(self) -> bool:
@@ -197,18 +216,19 @@ class Group:
         return draft[: max(0, self._max_new_tokens - len(row.said) - 1)]
 
     def _feed_all(self, chosen: list[int], feeds: list[list[int]], drafts: list[list[int]]) -> None:
-        at = 0
+        at, read = 0, 1 + max(map(len, drafts))
         while at < len(chosen):
-            width = max(map(len, feeds[at : at + 1]))
-            read = 1 + max(map(len, drafts))
+            width = len(feeds[at])
             count = self._planner.rows(width, read)
+            # The rows after the first may be longer.
+            width = max(map(len, feeds[at : at + count]))
+            count = min(count, self._planner.rows(width, read), len(chosen) - at)
             part = slice(at, at + count)
-            width = max(map(len, feeds[part]))
-            done = self._planner.attempt(
-                width, lambda part=part: self._feed(chosen[part], feeds[part], drafts[part]) or True
+            done = attempt(
+                lambda part=part: self._feed(chosen[part], feeds[part], drafts[part]) or True,
+                lambda width=width, count=count: self._planner.halve(width, count),
             )
-            if done:
-                at += count
+            at += count if done else 0
 
     def _feed(self, chosen: list[int], feeds: list[list[int]], drafts: list[list[int]]) -> None:
         """Feeds tokens to some rows and keeps of each draft what the model says itself."""
@@ -250,10 +270,7 @@ class Group:
     ) -> tuple[list[list[int]], list[list[float]]]:
         """Greedy tokens and their probabilities after each state, a part of the rows at a time."""
         tokens, chances = [], []
-        # Scores of a large vocabulary are larger than everything else.
-        size = max(1, (256 << 20) // (4 * hidden.shape[1] * self._decoder.lm_head.weight.shape[0]))
-        for at in range(0, len(hidden), size):
-            part = slice(at, at + size)
+        for part in self._answering.parts(hidden):
             scores = self._answering.scored(
                 hidden[part], None if seen is None else seen[part], None if fed is None else fed[part]
             )

@@ -22,6 +22,8 @@ Attention = Callable[
     [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, bool], tuple[torch.Tensor, torch.Tensor]
 ]
 
+_LOWEST = torch.finfo(torch.float32).min
+
 
 def matmul_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, causal: bool
@@ -36,7 +38,8 @@ def matmul_attention(
         causal: token t sees keys up to t (S = T).
 
     Returns:
-        (N, T, H, D) in the query's dtype and (N, T, H, 1) float32.
+        (N, T, H, D) in the query's dtype and (N, T, H, 1) float32; of a token that sees nothing 0 and -inf, which
+        `merge` gives no weight.
     """
     n, length, heads, size = query.shape
     seen, groups = key.shape[1], key.shape[2]
@@ -49,7 +52,8 @@ def matmul_attention(
     if mask is not None:
         scores = scores.masked_fill(~mask[:, None, None], -torch.inf)
     total = scores.logsumexp(-1, keepdim=True)
-    weights = (scores - total).exp_().to(value.dtype).view(n, groups, share * length, seen)
+    # The clamp keeps a token that sees nothing from being -inf less -inf.
+    weights = (scores - total.clamp(min=_LOWEST)).exp_().to(value.dtype).view(n, groups, share * length, seen)
     output = (weights @ value.transpose(1, 2)).view(n, groups, share, length, size)
     return (
         output.permute(0, 3, 1, 2, 4).reshape(n, length, heads, size),
@@ -67,7 +71,11 @@ def cpu_flash_attention(
     output, total = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), 0.0, causal, attn_mask=bias
     )
-    return output.transpose(1, 2), total.transpose(1, 2).unsqueeze(-1)
+    total = total.transpose(1, 2).unsqueeze(-1)
+    if mask is not None:
+        # The kernel says 0 for a token that sees nothing.
+        total = total.masked_fill(~mask.any(-1)[..., None, None], -torch.inf)
+    return output.transpose(1, 2), total
 
 
 def cuda_flash_attention(
@@ -109,7 +117,7 @@ def fastest(
         rounds: the best of so many runs counts.
 
     Returns:
-        Its name for each shape, and a sentence with the times for people.
+        Its name for each shape, "matmul" where none ran, and a sentence with the times for people.
     """
     chosen, told = [], []
     for (n, length, heads, size), (_, seen, groups, _), causal in shapes:
@@ -119,10 +127,12 @@ def fastest(
         for name, attention in backends(device).items():
             try:
                 times[name] = min(_seconds(attention, query, key, causal, device) for _ in range(rounds + 1))
-            except (RuntimeError, NotImplementedError) as error:
+            except RuntimeError as error:
                 # A build without this kernel, or a shape that it doesn't take.
-                told.append(f"{name} can't run ({str(error).splitlines()[0]})")
-        chosen.append(min(times, key=times.__getitem__))
+                why, _, _ = str(error).partition("\n")
+                told.append(f"{name} can't run ({why})")
+        # Where nothing ran, as when memory is short now, what takes every shape is left.
+        chosen.append(min(times, key=times.__getitem__, default="matmul"))
         told.append(f"{length}x{seen}: " + ", ".join(f"{name} {1e3 * s:.2f} ms" for name, s in times.items()))
     return chosen, "attention " + "; ".join(told)
 

@@ -118,7 +118,8 @@ class Continuations:
     @property
     def capacity(self) -> int:
         """Tokens that a row can hold."""
-        return self.keys[0].shape[1]
+        # What grows last counts, since memory may run out on the way.
+        return self.values[-1].shape[1]
 
     @property
     def bytes(self) -> int:
@@ -128,9 +129,10 @@ class Continuations:
     def reserve(self, capacity: int) -> None:
         """Makes room for at least so many tokens a row."""
         if capacity > self.capacity:
-            more = max(capacity, self.capacity + self.capacity // 2) - self.capacity
+            wanted = max(capacity, self.capacity + self.capacity // 2)
             for kept in (self.keys, self.values):
-                kept[:] = [F.pad(x, (0, 0, 0, 0, 0, more)) for x in kept]
+                for layer, x in enumerate(kept):
+                    kept[layer] = F.pad(x, (0, 0, 0, 0, 0, wanted - x.shape[1]))
 
 
 @dataclass(frozen=True)
@@ -163,6 +165,9 @@ class Decoder:
         architecture: "qwen3_vl", "qwen2_5_vl" or "llava".
         prefix_attention: for many queries to one shared prefix.
         own_attention: for the tokens of each continuation to themselves.
+
+    Raises:
+        EngineError: the model has something that isn't known here; nothing of it has been changed then.
     """
 
     def __init__(
@@ -185,7 +190,8 @@ class Decoder:
         self.mlp_width = config.intermediate_size
         self.activation = config.hidden_act
         if self.activation not in ACTIVATIONS:
-            raise EngineError(f"the language model's activation {self.activation!r} is unknown; take the plain path")
+            known = ", ".join(sorted(ACTIVATIONS))
+            raise EngineError(f"the language model's activation is {self.activation!r}; the lean decoder knows {known}")
         weight = text.layers[0].mlp.down_proj.weight
         self.dtype, self.device = weight.dtype, weight.device
         size = sum(x.numel() * x.element_size() for x in text.layers.parameters())
@@ -278,8 +284,7 @@ class Decoder:
         steps = torch.arange(length, device=ids.device)
         turned = steps[None] if places is None else places.turned
         cos, sin = self._text_turns(prefix.next_position + turned)
-        if places is not None:
-            own.reserve(places.seen.shape[-1])
+        own.reserve(length if places is None else places.seen.shape[-1])
         x = self.embed(ids).reshape(count * length, -1)
         for number, layer in enumerate(self.layers):
             normed = self._normed(x, layer.norm)

@@ -96,10 +96,11 @@ class ImageReader:
                 return known.inputs
         inputs = self._processor.images([image])
         with self._lock:
-            self._known[key] = Known(inputs)
+            # Another thread may have prepared the same image meanwhile; then all go on with its tensors.
+            known = self._known.setdefault(key, Known(inputs))
             while len(self._known) > KNOWN_IMAGES:
                 self._known.popitem(last=False)
-        return inputs
+        return known.inputs
 
     @torch.inference_mode()
     def encode_ahead(self, image: np.ndarray) -> bool:
@@ -134,7 +135,11 @@ class ImageReader:
         if known.encoded is None:
             known.encoded = self.tower(inputs.tensors, inputs.count)
         elif known.ready is not None:
-            torch.cuda.current_stream(self._device).wait_event(known.ready)
+            stream = torch.cuda.current_stream(self._device)
+            stream.wait_event(known.ready)
+            # Otherwise the memory could be handed out again on the other stream while this one still reads it.
+            for tensor in (known.encoded[0], *known.encoded[1]):
+                tensor.record_stream(stream)
         return known.encoded
 
     def forget(self) -> None:

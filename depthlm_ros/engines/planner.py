@@ -9,6 +9,7 @@ same, the pass is halved and the work goes on.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -27,6 +28,8 @@ MEMORY_SHARE = 0.6
 # More rows bring nothing: the matrix products are long since wide enough.
 LARGEST_GROUP = 1024
 LARGEST_CPU_GROUP = 256
+# Of torch's own allocator for CPUs, and of cuBLAS, cuDNN and cuSOLVER.
+_NO_MEMORY = ("DefaultCPUAllocator", "STATUS_ALLOC_FAILED")
 
 
 @dataclass
@@ -47,12 +50,14 @@ class Planner:
     score_bytes: int
     largest: int = LARGEST_GROUP
     _pass_tokens: dict[int, int] = field(default_factory=dict)
+    _group_tokens: int = sys.maxsize
 
     def group(self, tokens: int) -> int:
         """How many continuations of so many tokens may keep their keys at the same time."""
         room = MEMORY_SHARE * free_bytes(self.device) / 2
         most = LARGEST_CPU_GROUP if self.device.type == "cpu" else LARGEST_GROUP
-        return max(1, min(self.largest, most, int(room / max(1, tokens * self.token_bytes))))
+        fits = min(int(room / max(1, tokens * self.token_bytes)), self._group_tokens // tokens)
+        return max(1, min(self.largest, most, fits))
 
     def rows(self, tokens: int, read: int) -> int:
         """How many continuations go through the layers together.
@@ -72,33 +77,51 @@ class Planner:
             self._pass_tokens[key] = max(tokens, least, int(room / each))
         return max(1, self._pass_tokens[key] // tokens)
 
-    def halve(self, tokens: int) -> bool:
-        """Makes passes of this length half as large; False when one continuation is all there is left."""
-        key = _bucket(tokens)
-        if self._pass_tokens.get(key, 0) < 2 * tokens:
-            return False
-        self._pass_tokens[key] //= 2
-        return True
+    def halve(self, tokens: int, tried: int) -> bool:
+        """Makes passes half as large as one that didn't fit.
 
-    def attempt(self, tokens: int, work: Callable[[], T]) -> T | None:
-        """Runs `work`; None when memory ran out and smaller passes are worth another try.
+        Args:
+            tokens: what `rows` was asked with.
+            tried: continuations in that pass.
 
-        Raises:
-            torch.OutOfMemoryError: not even one continuation fits.
+        Returns:
+            False when one continuation is all there was.
         """
-        try:
-            return work()
-        except (torch.OutOfMemoryError, RuntimeError) as error:
-            if not out_of_memory(error) or not self.halve(tokens):
-                raise
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        return None
+        if tried > 1:
+            self._pass_tokens[_bucket(tokens)] = tried // 2 * tokens
+        return tried > 1
+
+    def halve_group(self, tokens: int, tried: int) -> bool:
+        """`halve` for continuations that keep their keys at the same time; `tokens` as `group` was asked."""
+        if tried > 1:
+            self._group_tokens = tried // 2 * tokens
+        return tried > 1
+
+
+def attempt(work: Callable[[], T], halve: Callable[[], bool]) -> T | None:
+    """Runs `work`; None when memory ran out and less is worth another try.
+
+    Args:
+        work: gives something that isn't None.
+        halve: makes the next try smaller; False where it can't be.
+
+    Raises:
+        RuntimeError: that of `work`, where memory didn't run out or not even the smallest try fits.
+    """
+    try:
+        return work()
+    except RuntimeError as error:
+        if not out_of_memory(error) or not halve():
+            raise
+    # Not before here: the error holds on to what was allocated.
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+    return None
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out; CPUs raise a plain RuntimeError."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+    """Whether memory ran out; CPUs, and libraries on a GPU, raise a plain RuntimeError."""
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in _NO_MEMORY)
 
 
 def free_bytes(device: torch.device) -> int:

@@ -119,7 +119,11 @@ class Sentence:
         found = []
         for sample in _SAMPLES:
             whole = sample.join(texts)
-            encoded = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
+            try:
+                encoded = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
+            except (NotImplementedError, ValueError) as error:
+                # Tokenizers without a `tokenizers` backend.
+                raise EngineError(f"{type(tokenizer).__name__} doesn't say where in a text its tokens stand") from error
             segments: list[list[int]] = [[]]
             spans, at = [], 0
             for text in texts[:-1]:

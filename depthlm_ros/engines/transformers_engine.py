@@ -6,7 +6,9 @@ one `decode` for each batch of questions. The dense dialect is a `prefill` of th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import logging
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
@@ -32,7 +34,7 @@ from depthlm_ros.engines.images import Composed, ImageReader
 from depthlm_ros.engines.loading import load_model
 from depthlm_ros.engines.marked import Block, MarkedImages, MarkedInputs
 from depthlm_ros.engines.plain import PlainPath
-from depthlm_ros.engines.planner import Planner
+from depthlm_ros.engines.planner import Planner, attempt, out_of_memory
 from depthlm_ros.engines.processor import ImageInputs, PromptProcessor
 from depthlm_ros.engines.speculation import Sentence
 from depthlm_ros.engines.trees import NumberTrees, number_starts
@@ -77,7 +79,9 @@ class TransformersEngine:
         self._reader = AnswerReader(processor.tokenizer)
         self._stop_ids = _stop_ids(model, processor)
         self._dtype = model.get_input_embeddings().weight.dtype
-        self._sentences: dict[str, Sentence] = {}
+        # Of images that go through the model together, all channels; less once memory has run out.
+        self._most_values = sys.maxsize
+        self._sentences: dict[str, Sentence | None] = {}
         penalty = float(model.generation_config.repetition_penalty or 1.0)
         self._plain = PlainPath(model, info.architecture, self._stop_ids, penalty)
         self._decoder: Decoder | None = None
@@ -85,7 +89,11 @@ class TransformersEngine:
         self._dense: DensePass | None = None
         self._images = ImageReader(model, processor, info.architecture, lean=not plain)
         if not plain:
-            self._decoder = Decoder(model, info.architecture, *_attentions(self._device))
+            try:
+                self._decoder = Decoder(model, info.architecture, *_attentions(self._device))
+            except EngineError as error:
+                self._tell(f"answers by transformers' own forward, which is slow: {error}")
+        if self._decoder is not None:
             self._answering = Answering(self._decoder, _planner(self._decoder, self._device), self._stop_ids, penalty)
             if head is not None:
                 self._dense = DensePass(self._decoder, head, head_mode)
@@ -172,6 +180,7 @@ class TransformersEngine:
             max_new_tokens: longest answer in tokens.
             expects: the sentence that the model was trained to answer with, "{number}" where each number stands and
                 "{same}" where the one before is repeated. It only saves time: what the model says is what counts.
+                One that the tokenizer doesn't keep apart from its number is left out, and `info.reasons` says so.
             distribution: also give the distribution of each answer's number.
 
         Returns:
@@ -180,7 +189,7 @@ class TransformersEngine:
 
         Raises:
             ImageError: not an RGB image.
-            EngineError: no image, an `expects` without a number, or out of memory.
+            EngineError: no image, or out of memory.
         """
         if not questions:
             return []
@@ -213,11 +222,16 @@ class TransformersEngine:
             raise EngineError(f"{len(images)} images and {len(questions)} questions; give one image a question")
         answers: dict[int, Answer] = {}
         with _clear_errors(self.info, self._batch_size):
-            for rows in self._same_size_batches(images):
-                inputs = self.processor.images([images[row] for row in rows])
-                prompts = self.processor.prompts([questions[row] for row in rows], inputs.grid_hw)
-                some = self._answer([inputs], prompts, max_new_tokens, expects, distribution)
-                answers.update(zip(rows, some, strict=True))
+            for same_size in self._by_size(images):
+
+                def answer(part: slice, same_size: list[int] = same_size) -> list[Answer]:
+                    rows = same_size[part]
+                    inputs = self.processor.images([images[row] for row in rows])
+                    prompts = self.processor.prompts([questions[row] for row in rows], inputs.grid_hw)
+                    return self._answer([inputs], prompts, max_new_tokens, expects, distribution)
+
+                some = self._in_parts(len(same_size), self._batch_size, images[same_size[0]], answer)
+                answers.update(zip(same_size, some, strict=True))
         return [answers[row] for row in range(len(questions))]
 
     @torch.inference_mode()
@@ -247,15 +261,15 @@ class TransformersEngine:
         """
         if len(blocks) != len(questions):
             raise EngineError(f"{len(blocks)} marked images and {len(questions)} questions; give one block a question")
-        answers: list[Answer] = []
         with _clear_errors(self.info, self._batch_size):
             marked = MarkedImages(self.processor, image, blocks)
-            size = self._images_at_once(image)
-            for start in range(0, len(blocks), size):
-                inputs = marked.part(start, start + size)
-                prompts = self.processor.prompts(questions[start : start + size], inputs.grid_hw)
-                answers += self._answer([inputs], prompts, max_new_tokens, expects, distribution)
-        return answers
+
+            def answer(part: slice) -> list[Answer]:
+                inputs = marked.part(part.start, part.stop)
+                prompts = self.processor.prompts(questions[part], inputs.grid_hw)
+                return self._answer([inputs], prompts, max_new_tokens, expects, distribution)
+
+            return self._in_parts(len(blocks), self._images_at_once(image), image, answer)
 
     @torch.inference_mode()
     def depth_map(self, image: np.ndarray, question: str = "") -> np.ndarray:
@@ -420,7 +434,10 @@ class TransformersEngine:
         suffixes = [ids[shared:] for ids in prompts]
         if self._answering is None:
             if distribution:
-                raise EngineError("the plain path gives no distribution of numbers; load the model without plain=True")
+                raise EngineError(
+                    "the plain path gives no distribution of numbers; ask without it, or load the model without "
+                    "plain=True (the engine's reasons say whether it was left for another one)"
+                )
             return self._answer_plainly(self.plain_prefill(prompts[0][:shared], *inputs), suffixes, max_new_tokens)
         prefix = self.prefill(prompts[0][:shared], *inputs)
         numbers: dict[int, tuple[NumberDistribution, ...]] = {}
@@ -436,7 +453,8 @@ class TransformersEngine:
 
     def _distributions(self, group: Group) -> list[tuple[NumberDistribution, ...]]:
         """Of each row's numbers what else they could have been. The rows' keys are lost."""
-        starts = [number_starts(row.said, self._digits.ids) for row in group.rows]
+        *digits, point = self._digits.ids
+        starts = [number_starts(row.said, digits, point) for row in group.rows]
         found: list[list[NumberDistribution]] = [[] for _ in starts]
         # The last numbers first, since a number's alternatives overwrite what follows it.
         for which in reversed(range(max(map(len, starts), default=0))):
@@ -467,8 +485,17 @@ class TransformersEngine:
         if expects is None:
             return None
         if expects not in self._sentences:
-            self._sentences[expects] = Sentence(self.processor.tokenizer, expects)
+            try:
+                self._sentences[expects] = Sentence(self.processor.tokenizer, expects)
+            except EngineError as error:
+                self._sentences[expects] = None
+                self._tell(f"answers are decoded token after token, which is slower: {error}")
         return self._sentences[expects]
+
+    def _tell(self, reason: str) -> None:
+        """Notes and logs what costs speed and no answer."""
+        logging.getLogger(__name__).warning("%s: %s", self.info.model, reason)
+        self.info = replace(self.info, reasons=(*self.info.reasons, reason))
 
     def _choose_attention(self, image_tokens: int) -> str:
         decoder = self._decoder
@@ -496,13 +523,37 @@ class TransformersEngine:
             hidden=hidden,
         )  # fmt: skip
 
-    def _same_size_batches(self, images: Sequence[np.ndarray]) -> Iterator[list[int]]:
+    def _in_parts(
+        self, count: int, size: int, image: np.ndarray, answer: Callable[[slice], list[Answer]]
+    ) -> list[Answer]:
+        """Answers questions with an image each, `size` at a time, and fewer from then on where memory runs out.
+
+        Args:
+            count: number of questions.
+            size: most images at once.
+            image: one of them; all are of its size.
+            answer: the questions of a slice.
+        """
+        values = max(1, image.size)
+        answers: list[Answer] = []
+        while len(answers) < count:
+            some = max(1, min(size, count - len(answers), self._most_values // values))
+
+            def halve(some: int = some) -> bool:
+                if some > 1:
+                    self._most_values = some // 2 * values
+                return some > 1
+
+            part = slice(len(answers), len(answers) + some)
+            answers += attempt(lambda part=part: answer(part), halve) or []
+        return answers
+
+    @staticmethod
+    def _by_size(images: Sequence[np.ndarray]) -> list[list[int]]:
         by_size: dict[tuple[int, ...], list[int]] = {}
         for row, image in enumerate(images):
             by_size.setdefault(image.shape, []).append(row)
-        for rows in by_size.values():
-            for start in range(0, len(rows), self._batch_size):
-                yield rows[start : start + self._batch_size]
+        return list(by_size.values())
 
 
 def _attentions(device: torch.device) -> tuple[Attention, Attention]:
@@ -540,7 +591,9 @@ def _deepstack_maps(checkpoint: Checkpoint) -> int:
 def _clear_errors(info: EngineInfo, batch_size: int) -> Iterator[None]:
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
         torch.cuda.empty_cache()
         raise EngineError(
             f"{info.device} ran out of memory with {info.model} in {info.dtype} and {batch_size} questions a batch; "

@@ -11,25 +11,29 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from torch.nn import functional as F
 
 from depthlm_ros.engines.answering import Answering, Group, consecutive
 from depthlm_ros.engines.decoder import Places
+from depthlm_ros.engines.planner import attempt
 
 
-def number_starts(tokens: Sequence[int], digits: Sequence[int]) -> list[int]:
+def number_starts(tokens: Sequence[int], digits: Sequence[int], point: int) -> list[int]:
     """Where the numbers of an answer begin; one that only repeats the number before it isn't another.
 
     Args:
         tokens: the answer.
-        digits: ids of the digits and of the point.
+        digits: ids of the digits.
+        point: id of the decimal point, which also ends sentences.
     """
     starts, before, at = [], None, 0
     while at < len(tokens):
         end = at
-        while end < len(tokens) and tokens[end] in digits:
+        while end < len(tokens) and (tokens[end] in digits or tokens[end] == point):
             end += 1
-        number = tokens[at:end]
+        stop = end
+        while stop > at and tokens[stop - 1] == point:
+            stop -= 1
+        number = tokens[at:stop]
         if number and number != before:
             starts.append(at)
             before = number
@@ -68,20 +72,23 @@ class NumberTrees:
         return self._run(range(len(self._rows)), [()] * len(self._rows))
 
     def forward(self, trees: Sequence[int], paths: Sequence[tuple[int, ...]]) -> torch.Tensor:
-        """(n, len(ids)) float32 log-probabilities of what follows `paths[i]` in place of the number of tree `trees[i]`."""
+        """(n, len(ids)) float32 log-probabilities of what follows `paths[i]` in place of tree `trees[i]`'s number."""
         return self._run(trees, paths)
 
     def _run(self, trees: Sequence[int], paths: Sequence[tuple[int, ...]]) -> torch.Tensor:
         asked: dict[int, list[int]] = {}
         for at, tree in enumerate(trees):
             asked.setdefault(tree, []).append(at)
-        order = sorted(asked)
+        order, planner = sorted(asked), self._answering.planner
         found: dict[int, torch.Tensor] = {}
         at = 0
         while at < len(order):
             widest = 2 * max(len(asked[tree]) for tree in order[at:])
-            some = order[at : at + self._answering.planner.rows(widest, widest)]
-            done = self._answering.planner.attempt(widest, lambda some=some: self._feed(some, asked, paths, found) or 1)
+            some = order[at : at + planner.rows(widest, widest)]
+            done = attempt(
+                lambda some=some: self._feed(some, asked, paths, found) or True,
+                lambda widest=widest, some=some: planner.halve(widest, len(some)),
+            )
             at += len(some) if done else 0
         return torch.stack([found[i] for i in range(len(paths))])
 
@@ -101,18 +108,20 @@ class NumberTrees:
         turned = np.zeros((len(trees), width), np.int64)
         seen = np.zeros((len(trees), width, span), bool)
         read = np.zeros((len(trees), max(len(asked[tree]) for tree in trees)), np.int64)
+        # Kept aside until the keys are there: memory may run out, and then the same is fed again in smaller passes.
+        slots_of, used_of = [dict(self._slots[tree]) for tree in trees], [self._used[tree] for tree in trees]
         for i, (tree, new) in enumerate(zip(trees, nodes, strict=True)):
-            held, known, place = self._held[tree], self._slots[tree], {}
+            held, known, place = self._held[tree], slots_of[i], {}
             for at, path in enumerate(new):
-                slot = held - 1 if not path else self._used[tree]
-                self._used[tree] += bool(path)
+                slot = held - 1 if not path else used_of[i]
+                used_of[i] += bool(path)
                 known[path], place[path] = slot, at
                 ids[i, at] = path[-1] if path else self._before[tree]
                 slots[i, at], turned[i, at] = slot, held - 1 + len(path)
                 seen[i, at, :held] = True
                 seen[i, at, [known[path[:n]] for n in range(1, len(path) + 1)]] = True
             # What fills up the row goes where nothing is kept yet, and sees itself.
-            slots[i, len(new) :] = self._used[tree] + np.arange(width - len(new))
+            slots[i, len(new) :] = used_of[i] + np.arange(width - len(new))
             seen[i, np.arange(len(new), width), slots[i, len(new) :]] = True
             read[i, : len(asked[tree])] = [place[paths[j]] for j in asked[tree]]
         where = consecutive([self._rows[tree] for tree in trees], device)
@@ -125,11 +134,21 @@ class NumberTrees:
             places,
             torch.from_numpy(read).to(device),
         )
+        log_probs = self._log_probs(hidden)
         self._answering.work.passes += 1
         self._answering.work.fed += sum(map(len, nodes))
-        for i, tree in enumerate(trees):
-            scores = self._answering.scored(hidden[i : i + 1, : len(asked[tree])], None, None)[0]
-            found.update(zip(asked[tree], F.log_softmax(scores, dim=-1)[:, self._ids].cpu(), strict=True))
+        for tree, known, used, of_tree in zip(trees, slots_of, used_of, log_probs, strict=True):
+            self._slots[tree], self._used[tree] = known, used
+            found.update(zip(asked[tree], of_tree, strict=False))
+
+    def _log_probs(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(B, k, len(ids)) on the host, of the token after each of (B, k, C) states."""
+        wanted = torch.tensor(self._ids, device=hidden.device)
+        parts = []
+        for part in self._answering.parts(hidden):
+            scores = self._answering.scored(hidden[part], None, None)
+            parts.append(scores[..., wanted] - scores.logsumexp(-1, keepdim=True))
+        return torch.cat(parts).cpu()
 
     def _nodes(self, tree: int, paths: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
         """What has to be fed: the paths, and those of their beginnings that haven't been; short ones first."""
