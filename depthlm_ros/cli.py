@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from depthlm_ros import cli_tasks, config
+from depthlm_ros.bench import command as bench
 from depthlm_ros.cli_inputs import (
     add_answer_kind_argument,
     add_camera_arguments,
@@ -62,6 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_replay(commands)
     _add_evaluate(commands)
     cli_tasks.add_commands(commands)
+    bench.add_command(commands)
     bag = commands.add_parser("bag", help="make and inspect recordings (rosbag2)")
     bag_commands = bag.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_render(bag_commands)

@@ -244,5 +244,5 @@ def _card(shape: Shape, folder: Path) -> str:
         f"architecture: {shape.architecture}\nsystem: own\ntasks: [depth]\n"
         "dialects: [dense, coordinates, marker, compact]\ndefault_dialect: coordinates\nfocal_px: 500\n"
         "policy: exact\ndepth_kind: z\nsystem_text: null\nmax_new_tokens: 48\n"
-        f"description: Random weights in the shape of {shape.name}, taught to answer in the published form; for speed.\n"
+        f"description: Random weights in the shape of {shape.name} that answer in the published form; for speed.\n"
     )

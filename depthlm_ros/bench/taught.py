@@ -1,6 +1,6 @@
 """Random weights that answer like a trained model: the published sentence, with a number that hangs on the pixel.
 
-A random model says the same word for ever, or noise, and neither ends where a trained model's answer ends, nor agrees with
+A random model says the same word for ever, or noise. Neither ends where a trained model's answer ends, nor agrees with
 the template that speculation drafts. Training one takes hours. But what the answers need is little: to know the last
 two tokens, whether the sentence is in its first or second half, which question was asked, and some number made of the
 pixel. A few attention heads of the first three layers are set by hand to write that into channels of their own in the
@@ -11,7 +11,8 @@ closed form up to a convex problem (softmax regression on these channels), and t
     layer 1   at the answer's header: an average over the digits asked about, weighted by place (or over the image)
     layer 2   that average, turned to ten scores, for each place of the number by a head of its own
 
-So both numbers of a sentence are equal, hundreds of points have different ones, and a third has two digits before the point.
+So both numbers of a sentence are equal, hundreds of points have different ones, and some have two digits before the
+point.
 """
 
 from __future__ import annotations
@@ -28,13 +29,15 @@ from transformers import PreTrainedModel
 from depthlm_ros.engines.processor import PromptProcessor
 from depthlm_ros.prompts import answer_text, compact_question, coordinates_question, marker_question
 
-SHARPNESS = 40.0  # attention score of a head that has found what it looks for
+SHARPNESS = 60.0  # attention score of a head that has found what it looks for
 ROLE, CONSTANT = 6.0, 3.0  # of a token's own channels in the residual stream
 WRITTEN = 4.0  # of what the set heads write
-RIPPLE = 0.25  # share of a key that makes the weight of a digit hang on its place
+RIPPLE = 0.2  # share of a key that makes the weight of a digit hang on its place
 KEPT = 10  # directions of the averages that the digits read
 DIGIT_SPREAD = 3.0  # standard deviation of the digits' logits
-MARGIN = 25.0  # least logit between the right word and any other
+MARGIN = 12.0  # least logit between the right word and any other
+RIGHT = 6.0  # least logit of the right word, and not much more: bfloat16 can't tell 100 from 100.4
+NO_NOUGHT = 4.0  # standard deviations that a nought in front is behind
 LONG_NUMBERS = 1 / 3
 PLACES = ("first", "second", "tenths", "hundredths")
 IMAGE_FEATURES = 10
@@ -128,7 +131,7 @@ class _Teacher:
         self._remember()
         self._gather()
         self._gate(marked)
-        self._fit()
+        self._fit(marked)
 
     def _take_channels(self, width: int) -> None:
         c = self.channels = Channels(width)
@@ -177,7 +180,9 @@ class _Teacher:
         unit = self._unit(0)
         pairs = self._sharp_pairs()
         here = sum(self._pair(i) for i in pairs) / math.sqrt(len(pairs))
-        back = [sum(self._pair(i, -steps * float(self.rates[i])) for i in pairs) / math.sqrt(len(pairs)) for steps in (1, 2)]
+        back = [
+            sum(self._pair(i, -steps * float(self.rates[i])) for i in pairs) / math.sqrt(len(pairs)) for steps in (1, 2)
+        ]
         read = {self.role[role]: self._slot(j) for j, role in enumerate(self.words.before)}
         self._set_keys(0, 0, unit, {self.constant: here}, read)
         for query, at in ((0, self.last), (1, self.earlier)):
@@ -257,7 +262,10 @@ class _Teacher:
                 vector[:10] -= float(rows[j] @ means)
                 vector[20 : 20 + IMAGE_FEATURES] = image_rows[j]
                 vector[20 + IMAGE_FEATURES] = -float(image_rows[j] @ image_mean)
-                outputs[at] = vector
+                if place == "first" and j == 0:  # numbers don't begin with a nought
+                    vector[:10] -= NO_NOUGHT
+                    vector[20 + IMAGE_FEATURES] -= NO_NOUGHT
+                outputs[at] = vector / WRITTEN  # of unit size, lest they outweigh all else in the norms
             self._set_output(2, group, query, outputs)
 
     def _text_directions(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -309,15 +317,15 @@ class _Teacher:
 
     # ------------------------------------------------------------ language head
 
-    def _fit(self) -> None:
+    def _fit(self, marked: Sequence[np.ndarray] | None) -> None:
         """Softmax regression from the channels to the next word; the digits read the scores."""
         classes = [self._token("0")] + [t for t in self.words.roles if t not in self.words.digits] + [self.stop]
-        states, chances = self._examples(classes)
+        states, chances = self._examples(classes, marked)
         sums = {*self.score, self.two, *self.text_sums, *self.image_sums}
         own = [at for at in self.channels.all() if at not in sums]
         weight = _softmax_regression(states[:, own], chances)
         head = self.model.lm_head.weight
-        head.mul_(0.3)
+        head.mul_(0.1)
         head[[*self.words.digits, *classes[1:]]] = 0
         rows = torch.zeros(len(classes), head.shape[1])
         rows[:, own] = weight.float()
@@ -343,25 +351,29 @@ class _Teacher:
         start = (group * (self.heads // self.key_heads) + query) * self.head
         self.layers[2].self_attn.o_proj.weight[self.two, start : start + 10] += shift
 
-    def _examples(self, classes: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    def _examples(
+        self, classes: Sequence[int], marked: Sequence[np.ndarray] | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """States (N, C) at which a word is to be said, and the chances (N, classes) of each; digits are one class."""
         drawn = np.random.default_rng(2)
         depths = np.concatenate([drawn.uniform(0.1, 9.9, 16), drawn.uniform(10, 99, 16)])
         drawn.shuffle(depths)
         pixels = drawn.integers(0, 1000, (len(depths), 2))
         published = [coordinates_question(*map(int, p)) for p in 2 * pixels]
-        published[::4] = [marker_question()] * len(published[::4])
         compact = [compact_question(*map(int, p)) for p in pixels]
+        groups = [(published, answer_text, None), (compact, "{:.2f}".format, None)]
+        groups += [([marker_question()] * 4, answer_text, image) for image in list(marked or [None])[:4]]
         tokenizer, digits = self.processor.tokenizer, self.words.digits
         number = {token: at for at, token in enumerate(classes)} | dict.fromkeys(digits, 0)
         opening = {self._token(" "), self.tail}
         point = number[self._token(".")]
         states, chances = [], []
-        for questions, text in ((published, answer_text), (compact, "{:.2f}".format)):
-            answers = [tokenizer(text(depth), add_special_tokens=False)["input_ids"] for depth in depths]
-            rows = [p + a for p, a in zip(self._prompts(questions), answers, strict=True)]
+        for questions, text, image in groups:
+            said = [text(depth) for depth in depths[: len(questions)]]
+            answers = [tokenizer(words, add_special_tokens=False)["input_ids"] for words in said]
+            rows = [p + a for p, a in zip(self._prompts(questions, image), answers, strict=True)]
             for start in range(0, len(rows), 16):
-                hidden = self._states(rows[start : start + 16]).float().cpu()
+                hidden = self._states(rows[start : start + 16], image).float().cpu()
                 for state, row, answer in zip(hidden, rows[start:], answers[start:], strict=False):
                     for at in range(len(row) - len(answer) - 1, len(row)):
                         chance = torch.zeros(len(classes))
@@ -532,27 +544,33 @@ def _whitening(centred: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def _softmax_regression(states: torch.Tensor, chances: torch.Tensor) -> torch.Tensor:
-    """(classes, features) weights under which each state says its word by MARGIN or more."""
+    """(classes, features) weights under which each state says its word by about MARGIN, with a logit about RIGHT."""
     states, chances = states.double(), chances.double()
+    behind = MARGIN * (chances == 0)
     weight = torch.zeros(chances.shape[1], states.shape[1], dtype=torch.float64, requires_grad=True)
-    optimiser = torch.optim.LBFGS([weight], max_iter=300, line_search_fn="strong_wolfe")
+    optimiser = torch.optim.LBFGS([weight], max_iter=600, history_size=30, tolerance_change=1e-12,
+                                  line_search_fn="strong_wolfe")  # fmt: skip
+    others = torch.full((len(states), 1), RIGHT, dtype=torch.float64)
 
     def loss() -> torch.Tensor:
         optimiser.zero_grad()
-        value = -(chances * torch.log_softmax(states @ weight.T, -1)).sum(-1).mean() + 1e-5 * weight.square().sum()
+        logits = states @ weight.T
+        ahead = torch.log_softmax(torch.cat([logits + behind, others], 1), -1)[:, :-1]
+        missed = -(chances * ahead).sum(-1).mean()
+        off = ((chances * logits).sum(-1) - RIGHT).square().mean()
+        value = missed + 0.02 * off + 1e-6 * weight.square().sum()
         value.backward()
         return value
 
     with torch.enable_grad():
         optimiser.step(loss)
-    weight = weight.detach()
-    logits = states @ weight.T
+    logits = states @ weight.detach().T
     right = torch.where(chances > 0, logits, torch.inf).amin(-1)
     wrong = torch.where(chances > 0, -torch.inf, logits).amax(-1)
-    margin = float((right - wrong).min())
-    if margin <= 0:
-        raise ValueError(f"the taught answers can't be told apart (margin {margin:.3g})")
-    return weight * max(1.0, MARGIN / margin)
+    margin, least = float((right - wrong).min()), float(right.min())
+    if margin < MARGIN / 4 or least < 1:
+        raise ValueError(f"the taught answers can't be told apart (margin {margin:.3g}, least logit {least:.3g})")
+    return weight.detach()
 
 
 def _unit_vector(vector: torch.Tensor) -> torch.Tensor:

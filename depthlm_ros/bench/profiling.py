@@ -1,0 +1,82 @@
+"""Where a frame's time goes: matrix products, attention, and the rest, by the operators' own names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+MATMUL = ("mm", "addmm", "linear", "mkldnn_linear", "matmul", "conv3d", "conv2d", "mkldnn_convolution", "addmv", "mv")
+# Projections are plain products; batched ones, the softmax and its merging are attention's.
+ATTENTION = ("attention", "bmm", "softmax", "logsumexp", "logaddexp", "flash", "fmha", "sdpa", "flex")
+KERNELS = ("gemm", "cutlass", "nvjet", "cublas", "gemv", "splitk", "wgmma")
+LEFT_OUT = ("cudaDeviceSynchronize", "cudaStreamSynchronize")
+
+
+@dataclass(frozen=True)
+class Shares:
+    """A frame's time by kind of operator.
+
+    Attributes:
+        seconds: of all operators together, on the device where there is one.
+        matmul: share of matrix products.
+        attention: share of attention.
+        rest: share of everything else.
+        largest: the operators of the rest that took most, with their shares.
+    """
+
+    seconds: float
+    matmul: float
+    attention: float
+    rest: float
+    largest: tuple[tuple[str, float], ...]
+
+
+def profile_frame(run: Callable[[], object], device: torch.device) -> Shares:
+    """Runs once under torch's profiler.
+
+    Args:
+        run: answers a frame, warmed up.
+        device: what counts: the kernels' time on a GPU, the operators' own time on a CPU.
+    """
+    cuda = device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as recorded:
+        run()
+        if cuda:
+            torch.cuda.synchronize(device)
+    taken: dict[str, float] = {}
+    for event in recorded.key_averages():
+        own = event.self_device_time_total if cuda else event.self_cpu_time_total
+        if own > 0 and event.key not in LEFT_OUT and (not cuda or event.device_type.name == "CUDA"):
+            taken[event.key] = taken.get(event.key, 0.0) + own
+    return shares(taken)
+
+
+def shares(taken: dict[str, float]) -> Shares:
+    """Sorts operators by their names.
+
+    Args:
+        taken: microseconds of each operator by itself.
+    """
+    total = sum(taken.values()) or 1.0
+    sums = {"matmul": 0.0, "attention": 0.0, "rest": 0.0}
+    rest = {}
+    for name, own in taken.items():
+        kind = kind_of(name)
+        sums[kind] += own
+        if kind == "rest":
+            rest[name] = own / total
+    largest = sorted(rest.items(), key=lambda item: -item[1])[:8]
+    return Shares(total / 1e6, sums["matmul"] / total, sums["attention"] / total, sums["rest"] / total, tuple(largest))
+
+
+def kind_of(name: str) -> str:
+    """ "matmul", "attention" or "rest" for an operator or a GPU kernel."""
+    plain = name.removeprefix("aten::").lower().strip("_")
+    if any(word in plain for word in ATTENTION):
+        return "attention"
+    if plain in MATMUL or any(word in plain for word in KERNELS):
+        return "matmul"
+    return "rest"
