@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from depthlm_ros.engines import marked as marked_module
 from depthlm_ros.engines import vision
 from depthlm_ros.engines.checkpoint import open_checkpoint
 from depthlm_ros.engines.devices import choose_placement
@@ -196,17 +197,23 @@ def test_a_mark_may_be_of_any_size(parts):
     assert difference(tower.encode_marked(images.part(2, 3)), alone) < 1e-5
 
 
-def test_a_change_that_the_whole_image_looks_at_is_as_exact(parts):
+def test_a_change_that_the_whole_image_looks_at_is_as_exact(qwen3_vl_checkpoint, monkeypatch):
     """Where nearly all attention was on a patch that changes, correcting what is left would cancel."""
-    architecture, model, processor = parts
-    image = np.full((*SIZES[architecture], 3), 90, np.uint8)
-    height, width = image.shape[:2]
+    checkpoint = open_checkpoint(qwen3_vl_checkpoint)
+    model = load_model(checkpoint, choose_placement("cpu", "float32", checkpoint.parameters))
+    with torch.no_grad():
+        model.model.visual.blocks[0].attn.qkv.weight.mul_(4.5)  # sharp attention
+    processor, anew = PromptProcessor(checkpoint), []
+    attend = marked_module.attention
+    monkeypatch.setattr(marked_module, "attention", lambda q, *kv: anew.append(q.shape[1]) or attend(q, *kv))
+    image = np.full((128, 192, 3), 90, np.uint8)
     image[:16, :16] = (255, 0, 255)
-    tower, plain = VisionTower(model, architecture), module_alone(parts)
+    tower, plain = VisionTower(model, "qwen3_vl"), VisionTower(model, "qwen3_vl", lean=False)
     for block in ((0, 0, np.full((16, 16, 3), 90, np.uint8)), (32, 32, np.full((16, 16, 3), 255, np.uint8))):
         images = MarkedImages(processor, image, [block])
         theirs = plain(processor._stock([paste(image, block)]).tensors, 1)
-        assert difference(tower.encode_marked(images.part(0, 1)), theirs) < 1e-5
+        assert difference(tower.encode_marked(images.part(0, 1)), theirs) < 2e-5
+    assert min(anew) > 10  # rows that were computed anew, beside the patch itself
 
 
 def test_images_that_the_processor_resamples_are_drawn_and_prepared_whole(parts):
