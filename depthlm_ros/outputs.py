@@ -20,7 +20,7 @@ from depthlm_ros.messages import cloud_message, depth_message, header_stamp_ns, 
 from depthlm_ros.monitor import Status
 from depthlm_ros.overlay import overlay
 from depthlm_ros.pose import RelativePose
-from depthlm_ros.queries import Query, depth_image
+from depthlm_ros.queries import Query, depth_image, places
 from depthlm_ros.remember import remember
 
 DEPTH_OUTPUTS = {"points": PointCloud2, "depth": Image, "depth/camera_info": CameraInfo, "overlay": Image}
@@ -125,18 +125,18 @@ def _header(stamp_ns: int, frame_id: str) -> Header:
 def _cloud(
     image: np.ndarray, camera: Camera, stamp_ns: int, frame_id: str, query: Query, result: DepthResult
 ) -> PointCloud2:
-    rays, places = _cloud_geometry(camera, result.pixels, query.cloud_rows)
+    rays, where = _cloud_geometry(camera, result.pixels, query.cloud_rows)
     depth_m, confidence, std_m = result.depth_m, result.confidence, result.std_m
     if query.cloud_rows is not None:
         depth_m, confidence, std_m = (_rows(values, query.cloud_rows) for values in (depth_m, confidence, std_m))
     known = np.isfinite(depth_m)
     if query.organised_shape is None and not known.all():
         rows = np.flatnonzero(known)
-        rays, places = rays[:, rows], places[rows]
+        rays, where = rays[:, rows], where[rows]
         depth_m, confidence, std_m = (_rows(values, rows) for values in (depth_m, confidence, std_m))
     # Column by column, as the message's fields are filled.
     points = (rays * depth_m).T
-    rgb = np.ascontiguousarray(image).reshape(-1, 3).take(places, axis=0)
+    rgb = np.ascontiguousarray(image).reshape(-1, 3).take(where, axis=0)
     return cloud_message(stamp_ns, frame_id, points, rgb, confidence, query.organised_shape, std_m)
 
 
@@ -149,5 +149,4 @@ def _cloud_geometry(camera: Camera, pixels: np.ndarray, rows: np.ndarray | None)
     """(3, N) float32 rays with z = 1 through the cloud's pixels, and (N,) where those lie in the flattened image."""
     if rows is not None:
         pixels = pixels[rows]
-    u, v = pixels.astype(np.intp).T
-    return np.ascontiguousarray(camera.rays(pixels).T, np.float32), v * camera.width + u
+    return np.ascontiguousarray(camera.rays(pixels).T, np.float32), places(pixels, camera.width)

@@ -14,7 +14,7 @@ from depthlm_ros.config import POINTS_IN_WORDS, Parameters, read_region
 from depthlm_ros.densify import densify
 from depthlm_ros.depth import DISTRIBUTION, DepthResult
 from depthlm_ros.errors import ConfigError
-from depthlm_ros.remember import fixed
+from depthlm_ros.remember import fixed, remember
 from depthlm_ros.sampling import Region, sample_pixels, stride_pixels
 
 if TYPE_CHECKING:
@@ -139,9 +139,15 @@ def keep_good(result: DepthResult, parameters: Parameters) -> DepthResult:
 def depth_image(result: DepthResult, width: int, height: int) -> np.ndarray:
     """(height, width) float32 z-depth in metres, NaN where not asked or not answered."""
     image = np.full((height, width), np.nan, np.float32)
-    u, v = result.pixels.astype(np.intp).T
-    image[v, u] = result.depth_m
+    image.reshape(-1)[places(result.pixels, width)] = result.depth_m
     return image
+
+
+@remember(4)
+def places(pixels: np.ndarray, width: int) -> np.ndarray:
+    """(N,) where the pixels (N, 2) lie in a flattened image of this width."""
+    u, v = pixels.astype(np.intp).T
+    return v * width + u
 
 
 def densified_image(answer: DepthResult, image: np.ndarray, parameters: Parameters) -> np.ndarray:

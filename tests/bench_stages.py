@@ -21,9 +21,11 @@ import cv2
 import numpy as np
 import pytest
 
+from depthlm_ros.adaptive import second_pass
 from depthlm_ros.camera import Camera, Distortion, unify
 from depthlm_ros.cards import load_card
 from depthlm_ros.config import Parameters
+from depthlm_ros.densify import densify
 from depthlm_ros.encodings import decode_image
 from depthlm_ros.engines.base import Answer, EngineInfo, ImageGrid
 from depthlm_ros.estimator import Estimator
@@ -202,12 +204,36 @@ def test_decode(benchmark, size, encoding):
 @pytest.mark.parametrize(("policy", "focal_px"), [("exact", 200.0), ("published", 1000.0)])
 def test_unify(benchmark, size, lens, policy, focal_px):
     image, camera = picture(*size), camera_of(*size, lens)
-    assert benchmark(unify, image, camera, focal_px, policy, GRID).camera.fx == focal_px
+    assert benchmark(unify, image, camera, focal_px, policy, GRID).camera.fx == pytest.approx(focal_px)
 
 
-@pytest.mark.parametrize("method", ["grid", "random", "blue_noise"])
+@pytest.mark.parametrize("method", ["grid", "random", "blue_noise", "edges"])
 def test_sample_256(benchmark, method):
-    assert len(benchmark(sample_pixels, 640, 480, 256, method)) == 256
+    image = squares(640, 480)
+    assert len(benchmark(sample_pixels, 640, 480, 256, method, image=image)) == 256
+
+
+def test_second_pass_of_256(benchmark):
+    pixels = sample_pixels(640, 480, 128, "blue_noise")
+    depth_m = 2 + pixels[:, 0] // 200
+    assert len(benchmark(second_pass, pixels, depth_m, np.full(128, 0.5), 128, (640, 480))) == 128
+
+
+@pytest.mark.parametrize("points", [256, 1024, 4096])
+def test_densify(benchmark, points):
+    image, pixels = squares(640, 480), sample_pixels(640, 480, points, "blue_noise")
+    whole = benchmark(densify, pixels, 2 + pixels[:, 0] // 200, np.ones(points), image)
+    assert np.isfinite(whole).mean() > 0.9
+
+
+def squares(width: int, height: int) -> np.ndarray:
+    """(H, W, 3) uint8: overlapping rectangles with the noise of a sensor."""
+    rng = np.random.default_rng(0)
+    image = np.full((height, width, 3), 128, np.int16)
+    for _ in range(30):
+        u, v = rng.integers(0, (width, height))
+        image[v : v + 90, u : u + 120] = rng.integers(0, 255, 3)
+    return np.clip(image + rng.normal(0, 3, image.shape), 0, 255).astype(np.uint8)
 
 
 def test_cloud_message_of_300000_points(benchmark):
