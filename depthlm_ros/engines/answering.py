@@ -202,6 +202,9 @@ class Group:
             chosen = [at for at in waiting if len(drafts[at]) <= narrow + 1]
             feeds = [[self.rows[at].said[-1], *drafts[at]] for at in chosen]
             self._feed_all(chosen, feeds, [drafts[at] for at in chosen])
+        if self._sentence is not None:
+            for row in self.rows:
+                self._sentence.learn(row.said)
         work = self._answering.work
         work.kept_bytes = max(work.kept_bytes, self.own.bytes)
 

@@ -21,6 +21,11 @@ NUMBER, SAME = "{number}", "{same}"
 # Published answers have two decimals at every distance (DepthLM's training targets).
 DECIMALS = 2
 
+# Digits before the point that are counted, and what a count is worth after each further answer: some hundred answers
+# are remembered, a frame's worth.
+_WHOLE_DIGITS = 4
+_FORGET = 0.995
+
 # Any number will do: it only shows where a number stands between the tokens of the sentence.
 _SAMPLES = ("7.31", "4.82")
 
@@ -42,6 +47,8 @@ class Sentence:
         self._same = [place == SAME for place in parts[1::2]]
         if not self._same or self._same[0]:
             raise EngineError(f"the expected answer {template!r} has no {NUMBER}; put it where the number stands")
+        # How often numbers had 1, 2, ... digits before the point; most distances are below ten metres.
+        self._lengths = [0.0, 1.0, *[0.0] * (_WHOLE_DIGITS - 1)]
         self._segments = self._split(tokenizer, parts[::2], template)
         self.digits = {tokenizer.convert_tokens_to_ids(digit): digit for digit in "0123456789"}
         self.point: int = tokenizer.convert_tokens_to_ids(".")
@@ -79,6 +86,17 @@ class Sentence:
                 return self._within(number, before if same else None, segment)
         return []
 
+    def learn(self, said: Sequence[int]) -> None:
+        """Remembers how long the number of an answer was, so that the point is proposed where it mostly stands."""
+        whole = 0
+        for token in said[len(self._segments[0]) :]:
+            if token not in self.digits:
+                break
+            whole += 1
+        if 0 < whole <= _WHOLE_DIGITS:
+            self._lengths = [_FORGET * count for count in self._lengths]
+            self._lengths[whole] += 1.0
+
     def is_number(self, token: int) -> bool:
         """Whether the token is a digit or the point."""
         return self._in_number(token)
@@ -100,7 +118,8 @@ class Sentence:
         if not number:
             return []
         if self.point not in number:
-            return [self.point]
+            shorter = len(number)
+            return [self.point] if self._lengths[shorter] >= sum(self._lengths[shorter + 1 :]) else []
         if len(number) - 1 - number.index(self.point) < DECIMALS:
             return []
         return self._rest(after, number)
