@@ -88,12 +88,11 @@ class Sentence:
 
     def learn(self, said: Sequence[int]) -> None:
         """Remembers how long the number of an answer was, so that the point is proposed where it mostly stands."""
-        whole = 0
-        for token in said[len(self._segments[0]) :]:
-            if token not in self.digits:
-                break
-            whole += 1
-        if 0 < whole <= _WHOLE_DIGITS:
+        head = self._segments[0]
+        rest = said[len(head) :]
+        # None where the answer was cut within its number.
+        whole = next((at for at, token in enumerate(rest) if token not in self.digits), None)
+        if list(said[: len(head)]) == head and whole is not None and 0 < whole <= _WHOLE_DIGITS:
             self._lengths = [_FORGET * count for count in self._lengths]
             self._lengths[whole] += 1.0
 
@@ -118,8 +117,8 @@ class Sentence:
         if not number:
             return []
         if self.point not in number:
-            shorter = len(number)
-            return [self.point] if self._lengths[shorter] >= sum(self._lengths[shorter + 1 :]) else []
+            as_long, longer = sum(self._lengths[len(number) :][:1]), sum(self._lengths[len(number) + 1 :])
+            return [self.point] if as_long >= longer else []
         if len(number) - 1 - number.index(self.point) < DECIMALS:
             return []
         return self._rest(after, number)
