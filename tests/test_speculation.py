@@ -117,6 +117,43 @@ def test_after_a_repeated_number_another_one_is_left_to_the_model(tokenizer, sen
     assert sentence.propose(said) == rest
 
 
+def test_the_point_is_proposed_where_most_numbers_had_it(tokenizer):
+    """Which is after one digit until a model has shown otherwise, and again once it shows that."""
+    sentence = Sentence(tokenizer, PUBLISHED)
+    head, point = sentence.head, encoded(tokenizer, ".")
+
+    def proposed(digits):
+        return sentence.propose([*head, *encoded(tokenizer, digits)])
+
+    assert [proposed("1"), proposed("12")] == [point, point]
+    for _ in range(5):
+        sentence.learn(encoded(tokenizer, answer_text(12.34)))
+    assert [proposed("1"), proposed("12"), proposed("123")] == [[], point, point]
+    for _ in range(9):
+        sentence.learn(encoded(tokenizer, answer_text(7.31)))
+    assert [proposed("1"), proposed("12")] == [point, point]
+
+
+def test_nothing_is_learnt_from_answers_that_are_something_else_or_were_cut(tokenizer):
+    sentence = Sentence(tokenizer, PUBLISHED)
+    head, point = sentence.head, encoded(tokenizer, ".")
+    cut_short = [*head, *encoded(tokenizer, "12")]
+    other = [*head[1:], *encoded(tokenizer, "x12.34")]
+    endless = [*head, *encoded(tokenizer, "123456789.00")]
+    for _ in range(5):
+        for said in ([], head, cut_short, other, endless):
+            sentence.learn(said)
+    assert sentence.propose([*head, *encoded(tokenizer, "1")]) == point
+
+
+@pytest.mark.parametrize("digits", ["12345", "123456789012"])
+def test_numbers_longer_than_any_distance_raise_nothing(tokenizer, digits):
+    sentence = Sentence(tokenizer, PUBLISHED)
+    for _ in range(3):
+        sentence.learn([*sentence.head, *encoded(tokenizer, digits + ".00")])
+    assert sentence.propose([*sentence.head, *encoded(tokenizer, digits)]) == encoded(tokenizer, ".")
+
+
 # ---------------------------------------------------------------- an answer that is something else
 
 
@@ -183,7 +220,7 @@ pieces = st.sampled_from([*"0123456789.", " ", "x ", " y ", " z ", "!", "<think>
 @settings(max_examples=150, deadline=None)
 @given(
     st.sampled_from(sorted(TEMPLATES)),
-    st.lists(st.from_regex(r"[0-9]{1,3}(\.[0-9]{0,4})?", fullmatch=True), min_size=2, max_size=2),
+    st.lists(st.from_regex(r"[0-9]{1,7}(\.[0-9]{0,4})?", fullmatch=True), min_size=2, max_size=2),
     st.integers(0, 60),
     st.lists(pieces, max_size=4),
 )

@@ -117,8 +117,9 @@ class Sentence:
         if not number:
             return []
         if self.point not in number:
-            as_long, longer = sum(self._lengths[len(number) :][:1]), sum(self._lengths[len(number) + 1 :])
-            return [self.point] if as_long >= longer else []
+            whole = len(number)
+            ends = whole > _WHOLE_DIGITS or self._lengths[whole] >= sum(self._lengths[whole + 1 :])
+            return [self.point] if ends else []
         if len(number) - 1 - number.index(self.point) < DECIMALS:
             return []
         return self._rest(after, number)
