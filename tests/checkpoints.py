@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -59,6 +60,7 @@ def make_checkpoint(
     head_output: str = "softplus",
     tie_word_embeddings: bool = False,
     says: str | None = None,
+    words: Sequence[str] = (),
 ) -> Path:
     """Writes a checkpoint of a few hundred thousand random weights.
 
@@ -71,6 +73,7 @@ def make_checkpoint(
         head_output: "softplus" or "exp".
         tie_word_embeddings: leave the language head out and share the embedding.
         says: the answer to whatever is asked about whatever images; None for answers that vary.
+        words: texts that are a token each.
 
     Returns:
         The folder.
@@ -78,7 +81,8 @@ def make_checkpoint(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     pixtral = architecture == "llava"
-    tokenizer = _write_tokenizer(folder, PIXTRAL_TOKENS if pixtral else QWEN_TOKENS, pixtral, says)
+    whole = [*words, *([] if says is None else [says])]
+    tokenizer = _write_tokenizer(folder, PIXTRAL_TOKENS if pixtral else QWEN_TOKENS, pixtral, whole)
     ids = tokenizer.get_vocab()
     config = (_llava_config if pixtral else _qwen_config)(architecture, ids, tokenizer.get_vocab_size())
     config["tie_word_embeddings"] = tie_word_embeddings
@@ -103,7 +107,7 @@ def make_checkpoint(
     return folder
 
 
-def _write_tokenizer(folder: Path, special: tuple[str, ...], pixtral: bool, says: str | None) -> Tokenizer:
+def _write_tokenizer(folder: Path, special: tuple[str, ...], pixtral: bool, whole: Sequence[str]) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -114,8 +118,7 @@ def _write_tokenizer(folder: Path, special: tuple[str, ...], pixtral: bool, says
         vocab_size=360, initial_alphabet=alphabet, special_tokens=list(special), show_progress=False
     )
     tokenizer.train_from_iterator(CORPUS, trainer)
-    if says is not None:
-        tokenizer.add_tokens([AddedToken(says, special=False)])
+    tokenizer.add_tokens([AddedToken(text, special=False) for text in whole])
     tokenizer.save(str(folder / "tokenizer.json"))
     _write_json(
         folder / "tokenizer_config.json",
