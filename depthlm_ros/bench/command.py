@@ -116,6 +116,8 @@ def check(arguments: argparse.Namespace) -> argparse.Namespace:
         raise ConfigError("--rounds is 0, so nothing would be measured; give a number, or a folder with --keep")
     if plan.keep is not None and plan.model is not None:
         raise ConfigError(f"--keep {plan.keep} writes a shape's model, but --model {plan.model} has one; use --shape")
+    if plan.dialects == ("dense",) and "ours" not in plan.contenders:
+        raise ConfigError(f"only ours has the dense dialect, not {arguments.contenders}; name ours, or another dialect")
     if bool(plan.server) != bool(plan.server_model):
         raise ConfigError("--server and --server-model belong together; give both")
     if plan.model is None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Protocol
 
 import numpy as np
@@ -23,8 +23,9 @@ from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImag
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from depthlm_ros.bench.subject import Subject
+from depthlm_ros.engines.marked import Block, paste
 from depthlm_ros.errors import ConfigError, unknown_choice
-from depthlm_ros.markers import MARGIN_PX, draw_arrow
+from depthlm_ros.markers import MARGIN_PX, arrow_patch
 from depthlm_ros.prompts import (
     COMPACT_RANGE,
     compact_question,
@@ -50,6 +51,7 @@ class Frame:
         marked: the image with a marker for each point, in the marker dialect; else empty.
         expects: the sentence that trained models answer with.
         longest: most tokens of an answer.
+        blocks: the markers alone, where each is pasted.
     """
 
     dialect: str
@@ -58,6 +60,7 @@ class Frame:
     marked: tuple[np.ndarray, ...]
     expects: str | None
     longest: int
+    blocks: tuple[Block, ...] = ()
 
     def __len__(self) -> int:
         return len(self.questions)
@@ -67,7 +70,8 @@ class Frame:
         keep = self.rows(count)
         marked = tuple(self.marked[row] for row in keep) if self.marked else ()
         questions = tuple(self.questions[row] for row in keep)
-        return Frame(self.dialect, self.image, questions, marked, self.expects, self.longest)
+        blocks = tuple(self.blocks[row] for row in keep) if self.blocks else ()
+        return Frame(self.dialect, self.image, questions, marked, self.expects, self.longest, blocks)
 
     def rows(self, count: int | None) -> list[int]:
         """Which points `some` keeps."""
@@ -97,16 +101,18 @@ def make_frame(subject: Subject, dialect: str, image: np.ndarray, points: int) -
     pixels = sample_pixels(width, height, points, "blue_noise", margin_px=margin)
     expects = subject.card.answer_template(dialect)
     marked: tuple[np.ndarray, ...] = ()
+    blocks: tuple[Block, ...] = ()
     if dialect == "marker":
         questions = (marker_question(),) * points
-        marked = tuple(draw_arrow(image, (int(u), int(v))) for u, v in pixels)
+        blocks = tuple(arrow_patch(image, (int(u), int(v))) for u, v in pixels)
+        marked = tuple(paste(image, block) for block in blocks)
     elif dialect == "compact":
         questions = tuple(compact_question(*p) for p in normalise_pixel(pixels, width, height, COMPACT_RANGE).tolist())
     else:
         steps = subject.card.coordinate_range
         asked = normalise_pixel(pixels, width, height, steps).tolist()
         questions = tuple(coordinates_question(*p, steps) for p in asked)
-    return Frame(dialect, image, questions, marked, expects, longest)
+    return Frame(dialect, image, questions, marked, expects, longest, blocks)
 
 
 def synthetic_image(width: int, height: int, seed: int = 0) -> np.ndarray:
@@ -125,10 +131,12 @@ class Contender(Protocol):
     Attributes:
         name: in the table.
         limit: most points asked in a round; None for all. Rates are per point, so a slow one needn't answer all.
+        work: what it counts of its own about the last frame: tokens fed, drafts accepted, bytes kept.
     """
 
     name: str
     limit: int | None
+    work: dict[str, int]
 
     def answer(self, frame: Frame) -> list[tuple[int, ...]]:
         """Token ids of each answer, end-of-sequence included; none in the dense dialect."""
@@ -158,13 +166,22 @@ class Ours:
         self.name = name
         self._engine = subject.engine if name == "ours" else subject.plain
 
+    @property
+    def work(self) -> dict[str, int]:
+        """What the engine counted: tokens fed after the prefix, drafts, passes, bytes of keys and values."""
+        return asdict(self._engine.work)
+
     def answer(self, frame: Frame) -> list[tuple[int, ...]]:
         engine, questions = self._engine, frame.questions
+        # Every frame is a new one for it, as for the others.
+        engine.forget()
         if frame.dialect == "dense":
             engine.depth_map(frame.image, questions[0])
             return []
         if frame.marked:
-            answers = engine.answer_each(frame.marked, questions, frame.longest, expects=frame.expects)
+            answers = engine.answer_marked(
+                frame.image, frame.blocks, questions, frame.longest, expects=frame.expects
+            )
         else:
             answers = engine.answer_shared(frame.image, questions, frame.longest, expects=frame.expects)
         return [answer.token_ids for answer in answers]
@@ -235,6 +252,7 @@ class Official:
 
     def __init__(self, subject: Subject, limit: int | None) -> None:
         self.limit = limit
+        self.work: dict[str, int] = {}
         self._stock = Stock(subject)
 
     def answer(self, frame: Frame) -> list[tuple[int, ...]]:
@@ -249,6 +267,7 @@ class Batched:
 
     def __init__(self, subject: Subject, limit: int | None) -> None:
         self.limit = limit
+        self.work: dict[str, int] = {}
         self._stock = Stock(subject)
         self._batch: dict[str, int] = {}
 

@@ -7,18 +7,18 @@ word is chosen: once for each word of an answer. Attention counts the pairs that
 once for each pass that can't be avoided (image, prefix, suffixes, and each token of the number), and the stored keys
 and values. Norms, activations and rotations are left out; they are less than a hundredth.
 
-For Qwen3-VL-4B, whose language model has 3.63 billion weights in its layers (7.27 GFLOP a token) and 0.39 billion in its
-head, at 1,000 points. Published: VLM3's question, of which 17 tokens around the image are shared and 74 follow from the
-pixel on, and its answer of 31 words, 4 of them the number. Compact: 12 tokens from the pixel on, and 5 for the answer.
+For Qwen3-VL-4B, whose language model has 3.63 billion weights in its layers (7.27 GFLOP a token) and 0.39 billion in
+its head, at 1,000 points. Published: VLM3's question, of which 17 tokens around the image are shared and 74 follow from
+the pixel on, and its answer of 31 words, 4 of them the number. Compact: 12 tokens from the pixel on, 5 for the answer.
 
     image      image tokens  vision tower  prefix      shared      a point, published  a point, compact
     640x480    300           0.936 TFLOP   2.33 TFLOP  3.27 TFLOP  0.803 TFLOP         0.123 TFLOP
     1000x750   713           2.69 TFLOP    5.46 TFLOP  8.15 TFLOP  0.828 TFLOP         0.127 TFLOP
     1024x1024  1024          4.36 TFLOP    7.88 TFLOP  12.2 TFLOP  0.847 TFLOP         0.13 TFLOP
 
-The stored prefix takes 147 kB a token. Published loops do the shared part again for every point, which at 640x480 is five
-times what a point needs; a GPU that does 700 TFLOP a second can't answer 1,000 published questions in less than 1.15 s,
-and 1,000 compact ones in less than 0.18 s.
+The stored prefix takes 147 kB a token. Published loops do the shared part again for every point, which at 640x480 is
+four times what a point needs; a GPU that does 700 TFLOP a second can't answer 1,000 published questions in less than
+1.15 s, and 1,000 compact ones in less than 0.18 s.
 """
 
 from __future__ import annotations

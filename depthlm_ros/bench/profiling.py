@@ -8,9 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-MATMUL = ("mm", "addmm", "linear", "mkldnn_linear", "matmul", "conv3d", "conv2d", "mkldnn_convolution", "addmv", "mv")
-# Projections are plain products; batched ones, the softmax and its merging are attention's.
+MATMUL = ("mm", "addmm", "matmul", "addmv", "mv")
+LAYERS = ("linear", "convolution")
+# Projections are plain products; batched ones, the softmax, by hand too, and its merging are attention's.
 ATTENTION = ("attention", "bmm", "softmax", "logsumexp", "logaddexp", "flash", "fmha", "sdpa", "flex")
+BY_HAND = ("exp", "amax")
 KERNELS = ("gemm", "cutlass", "nvjet", "cublas", "gemv", "splitk", "wgmma")
 LEFT_OUT = ("cudaDeviceSynchronize", "cudaStreamSynchronize")
 
@@ -74,9 +76,9 @@ def shares(taken: dict[str, float]) -> Shares:
 
 def kind_of(name: str) -> str:
     """ "matmul", "attention" or "rest" for an operator or a GPU kernel."""
-    plain = name.removeprefix("aten::").lower().strip("_")
-    if any(word in plain for word in ATTENTION):
+    plain = name.rpartition("::")[2].lower().strip("_") if "<" not in name else name.lower()
+    if plain in BY_HAND or any(word in plain for word in ATTENTION):
         return "attention"
-    if plain in MATMUL or any(word in plain for word in KERNELS):
+    if plain in MATMUL or any(word in plain for word in (*LAYERS, *KERNELS)):
         return "matmul"
     return "rest"

@@ -33,6 +33,7 @@ class FrameFloor:
         tokens: of the frame, by name.
         parts: least time of each stage.
         lines: operations, for people.
+        other: the same for Qwen3-VL-4B with these tokens.
     """
 
     dialect: str
@@ -40,6 +41,7 @@ class FrameFloor:
     tokens: dict[str, Any]
     parts: list[PartFloor]
     lines: list[str]
+    other: list[str] = field(default_factory=list)
 
     @property
     def seconds(self) -> float:
@@ -60,7 +62,6 @@ class Results:
         measured: each contender with each number of points.
         comparisons: answers beside plain `generate`.
         floors: least times; empty where they weren't asked for.
-        other: operations of Qwen3-VL-4B's frame with the same tokens.
         rates: measured ceilings, FLOP a second by shape, and bytes a second.
         profiles: shares of a frame's time, by dialect and points.
         notes: what else there is to say.
@@ -70,9 +71,8 @@ class Results:
     measured: list[Measured]
     comparisons: list[Comparison] = field(default_factory=list)
     floors: list[FrameFloor] = field(default_factory=list)
-    other: list[str] = field(default_factory=list)
     rates: dict[str, float] = field(default_factory=dict)
-    profiles: dict[str, Shares] = field(default_factory=dict)
+    profiles: dict[tuple[str, int], Shares] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     def floor(self, dialect: str, points: int) -> FrameFloor | None:
@@ -142,7 +142,13 @@ def marginal(results: Results) -> list[dict[str, Any]]:
         least, most = results.floor(few.dialect, few.points), results.floor(many.dialect, many.points)
         a, b = few.summary()["ms_per_frame"]["median"], many.summary()["ms_per_frame"]["median"]
         each = (b - a) / (many.points - few.points)
-        row = {"dialect": few.dialect, "from": few.points, "to": many.points, "ms_per_point": each}
+        row = {
+            "dialect": few.dialect,
+            "from": few.points,
+            "to": many.points,
+            "ms_per_point": each,
+            "cost_of_a_point_beside_fewer": ratio(few, many),
+        }
         if least and most and each > 0:
             floor_ms = 1e3 * (most.seconds - least.seconds) / (many.points - few.points)
             row |= {"floor_ms_per_point": floor_ms, "fraction_of_floor": floor_ms / each}
@@ -166,12 +172,15 @@ def as_json(results: Results) -> dict[str, Any]:
                 "tokens": f.tokens,
                 "parts": [asdict(part) | {"seconds": part.seconds} for part in f.parts],
                 "operations": f.lines,
+                "qwen3_vl_4b_operations": f.other,
             }
             for f in results.floors
         ],
-        "qwen3_vl_4b_operations": results.other,
         "ceilings": results.rates,
-        "profiles": {name: asdict(shares) for name, shares in results.profiles.items()},
+        "profiles": [
+            {"dialect": dialect, "points": points} | asdict(shares)
+            for (dialect, points), shares in results.profiles.items()
+        ],
         "notes": results.notes,
     }
 
@@ -203,21 +212,17 @@ def as_text(results: Results) -> str:
     ]
     lines += _rates_table(results)
     lines += _ratio_lines(results)
+    lines += [_work_line(measured) for measured in results.measured if measured.work.get("passes")]
     lines += _answer_lines(results.comparisons)
     lines += _floor_lines(results)
-    for name, shares in results.profiles.items():
-        largest = ", ".join(f"{key.removeprefix('aten::')} {share:.1%}" for key, share in shares.largest[:4])
-        lines.append(
-            f"time of a frame ({name}): matmul {shares.matmul:.1%}, attention {shares.attention:.1%}, "
-            f"rest {shares.rest:.1%} ({largest})"
-        )
+    lines += _profile_lines(results)
     return "\n".join(lines + results.notes)
 
 
 def _rates_table(results: Results) -> list[str]:
     lines = [
         "| dialect | points | contender | points/s, median (min to max) | ms a point | ms a frame | of the floor "
-        "| memory |",
+        "| peak memory |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for measured in results.measured:
@@ -228,8 +233,7 @@ def _rates_table(results: Results) -> list[str]:
         lines.append(
             f"| {measured.dialect} | {measured.points} | {measured.contender}{measured.notes} "
             f"| {rate['median']:.4g} ({rate['min']:.4g} to {rate['max']:.4g}) | {row['ms_per_point']['median']:.3g} "
-            f"| {frame:.4g}{partial} | {fraction} "
-            f"| {measured.peak_bytes / MIB:.0f} MiB, of it {measured.extra_bytes / MIB:.0f} for the frame |"
+            f"| {frame:.4g}{partial} | {fraction} | {measured.peak_bytes / MIB:.0f} MiB |"
         )
     return [*lines, ""]
 
@@ -244,11 +248,25 @@ def _ratio_lines(results: Results) -> list[str]:
 
 def _marginal_line(row: dict[str, Any]) -> str:
     between = f"{row['dialect']}: a further point between {row['from']} and {row['to']}"
-    line = f"{between} costs {row['ms_per_point']:.3g} ms"
+    beside = row["cost_of_a_point_beside_fewer"]
+    line = (
+        f"{between} costs {row['ms_per_point']:.3g} ms; a point of {row['to']} costs {beside['median']:.3g} times one"
+    )
+    line += f" of {row['from']} (rounds: {beside['min']:.3g} to {beside['max']:.3g})"
     if "fraction_of_floor" not in row:
         return line
     share = f"{row['floor_ms_per_point']:.3g} ms ({row['fraction_of_floor']:.1%})"
     return f"{line}, its operations at the measured ceilings {share}"
+
+
+def _work_line(measured: Measured) -> str:
+    work = measured.work
+    return (
+        f"work, {measured.dialect}, {measured.points} points, {measured.contender}: "
+        f"{work['fed'] / measured.asked:.4g} tokens a point after the prefix, in {work['passes']} passes; "
+        f"{work['accepted']} of {work['proposed']} drafts accepted; keys and values of the points "
+        f"{work['kept_bytes'] / MIB:.4g} MiB"
+    )
 
 
 def _answer_lines(comparisons: Sequence[Comparison]) -> list[str]:
@@ -267,27 +285,44 @@ def _answer_lines(comparisons: Sequence[Comparison]) -> list[str]:
 
 
 def _floor_lines(results: Results) -> list[str]:
-    lines = []
+    if not results.floors:
+        return []
+    stages = ("vision", "prefix", "suffix", "answer")
+    lines = [
+        "",
+        "Least time of a frame, its operations at the rates measured at these very shapes, in ms:",
+        "",
+        f"| dialect | points | tokens | {' | '.join(stages)} | frame |",
+        f"|---|---|---|{'---|' * len(stages)}---|",
+    ]
     for floor in results.floors:
+        times = [f"{1e3 * part.seconds:.3g}" if (part := floor.part(name)) else "" for name in stages]
+        tokens = ", ".join(f"{name} {value}" for name, value in floor.tokens.items())
+        whole = f"{1e3 * floor.seconds:.4g}"
+        lines.append(f"| {floor.dialect} | {floor.points} | {tokens} | {' | '.join(times)} | {whole} |")
+    lines.append("")
+    for floor in {floor.dialect: floor for floor in reversed(results.floors)}.values():
+        lines.append(f"operations, {floor.dialect}, {floor.points} points: {'; '.join(floor.lines)}")
+        lines += floor.other
+    products = {name: rate for name, rate in results.rates.items() if not name.startswith(("copy", "attention"))}
+    if products:
+        best, worst = max(products, key=products.get), min(products, key=products.get)
         lines.append(
-            f"floor, {floor.dialect}, {floor.points} points ({_tokens(floor.tokens)}): {'; '.join(floor.lines)}"
+            f"ceilings: matmul from {amount(products[worst])}/s ({worst}) to {amount(products[best])}/s ({best}), "
+            f"copy {results.rates['copy, bytes a second'] / 1e9:.4g} GB/s"
         )
-        lines.append(
-            f"floor, {floor.dialect}, {floor.points} points: {1e3 * floor.seconds:.4g} ms = "
-            + " + ".join(f"{part.name} {1e3 * part.seconds:.3g}" for part in floor.parts)
-            + " (at the ceilings measured at these shapes)"
-        )
-    lines += results.other
-    if results.rates:
-        bandwidth = results.rates.get("copy, bytes a second")
-        products = {k: v for k, v in results.rates.items() if k != "copy, bytes a second"}
-        best = max(products, key=products.get) if products else None
-        if best:
-            lines.append(f"ceilings: matmul up to {amount(products[best])}/s ({best})")
-        if bandwidth:
-            lines.append(f"ceilings: copy {bandwidth / 1e9:.4g} GB/s")
     return lines
 
 
-def _tokens(tokens: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in tokens.items())
+def _profile_lines(results: Results) -> list[str]:
+    lines = []
+    for (dialect, points), shares in results.profiles.items():
+        largest = ", ".join(f"{key.removeprefix('aten::')} {share:.1%}" for key, share in shares.largest[:4])
+        kinds = f"matmul {shares.matmul:.1%}, attention {shares.attention:.1%}, rest {shares.rest:.1%}"
+        line = f"time of a frame, {dialect}, {points} points: {kinds} ({largest})"
+        floor = results.floor(dialect, points)
+        if floor is not None and shares.matmul:
+            least = sum(part.products_s for part in floor.parts)
+            line += f"; its matmuls run at {least / (shares.matmul * shares.seconds):.1%} of their ceiling"
+        lines.append(line)
+    return lines

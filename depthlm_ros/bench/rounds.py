@@ -35,6 +35,7 @@ class Measured:
         peak_bytes: highest memory while it ran, weights included.
         extra_bytes: how much of it came on top of what was held before.
         notes: what else there is to say.
+        work: what the contender counts of its own.
     """
 
     contender: str
@@ -45,6 +46,7 @@ class Measured:
     peak_bytes: int = 0
     extra_bytes: int = 0
     notes: str = ""
+    work: dict[str, int] = field(default_factory=dict)
 
     @property
     def rates(self) -> np.ndarray:
@@ -67,6 +69,7 @@ class Measured:
             "peak_bytes": self.peak_bytes,
             "extra_bytes": self.extra_bytes,
             "notes": self.notes,
+            "work": self.work,
         }
 
 
@@ -122,6 +125,7 @@ def run_rounds(
             if number:
                 row.seconds.append(seconds)
                 row.peak_bytes, row.extra_bytes = max(row.peak_bytes, peak), max(row.extra_bytes, extra)
+                row.work = entry.contender.work
             name = f"{row.dialect}, {row.contender}, {row.points} points"
             said(f"{f'round {number}' if number else 'warm-up'}: {name}: {len(frame) / seconds:.4g} points/s")
     return measured, answers

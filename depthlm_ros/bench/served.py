@@ -39,6 +39,7 @@ class Served:
             raise ConfigError(f"server {url!r} is no URL; give one like http://localhost:8000/v1")
         self.name = f"served, {concurrency} at once"
         self.limit = limit
+        self.work: dict[str, int] = {}
         self.texts: list[str] = []
         self._model = model
         self._concurrency = concurrency

@@ -27,6 +27,7 @@ from depthlm_ros.engines.devices import choose_placement
 from depthlm_ros.engines.processor import PromptProcessor
 from depthlm_ros.engines.transformers_engine import TransformersEngine
 from depthlm_ros.modelcard import ModelCard, read_card
+from depthlm_ros.weights import folder_config
 
 SHARD_BYTES = 4 * 10**9
 DENSE_HIDDEN = 256
@@ -120,8 +121,8 @@ def load_subject(model: str, device: str, dtype: str) -> Subject:
     card, source = load_card(model)
     engine = load_engine(source, card, device=device, dtype=dtype)
     folder = open_checkpoint(source, card.revision).folder
-    plain = load_engine(source, card, device=device, dtype=dtype, plain=True)
-    return Subject(card.name, card, engine, plain, folder, open_checkpoint(folder).config, card.about)
+    plain = TransformersEngine(engine.model, engine.processor, engine.info, plain=True)
+    return Subject(card.name, card, engine, plain, folder, folder_config(folder), card.about)
 
 
 def place(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
