@@ -6,6 +6,19 @@ A pixel takes its depth from one asked point: the one whose colour reaches it ov
 point carries a plane, fitted to those of its neighbours that lie on it, so that floors and walls stay straight and
 noise averages out, while nothing is averaged across an edge: there are no points that fly between two surfaces.
 Planes are fitted to inverse depth, which is linear in (u, v) on every plane in space.
+
+Why this method: AbsRel at pixels that were not asked, in parentheses within 8 pixels of an edge of true depth, and the
+share of those pixels that fly. 36 rendered scenes of 640x480, points in blue noise, `python -m
+depthlm_training.between --scenes 36`, which says what noisy and flying mean:
+
+                     256 true points         256 noisy points        1024 noisy points
+    nearest point    0.057 (0.291)   0.0 %   0.129 (0.347)   2.4 %   0.115 (0.256)   6.2 %
+    linear, 1/z      0.024 (0.220)  19.0 %   0.089 (0.241)  17.9 %   0.082 (0.188)  21.1 %
+    inverse distance 0.039 (0.249)  17.4 %   0.069 (0.261)  17.5 %   0.055 (0.195)  22.1 %
+    joint bilateral  0.034 (0.130)   1.7 %   0.069 (0.168)   2.6 %   0.054 (0.107)   4.6 %
+    this             0.010 (0.086)   0.1 %   0.042 (0.133)   2.4 %   0.028 (0.096)   3.7 %
+
+It takes 14 ms of one core (CPU time, AMD EPYC) for 256 points in 640x480, 22 ms for 1024, 54 ms for 4096.
 """
 
 from __future__ import annotations

