@@ -10,6 +10,7 @@ import pytest
 import torch
 from speakers import AGAIN, HEAD, SENTENCE, TAIL, TWICE, make_speaker
 
+from depthlm_ros.engines.answering import Work
 from depthlm_ros.engines.batches import shared_length
 from depthlm_ros.engines.speculation import Sentence
 from depthlm_ros.engines.transformers_engine import TransformersEngine
@@ -58,6 +59,7 @@ class Speaker:
 
     def rows(self, sentence=None, rows=None, **options):
         """The engine's answers to some of the questions, token by token, with drafts of a `Sentence`."""
+        self.engine._answering.work = Work()
         suffixes = [self.suffixes[row] for row in (range(len(self.suffixes)) if rows is None else rows)]
         with torch.inference_mode():
             made = self.engine._answering.answer(

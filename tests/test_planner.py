@@ -257,6 +257,16 @@ def test_images_that_do_not_fit_together_go_in_smaller_parts(engine, shared_engi
 
 
 @pytest.mark.parametrize("ask", [marked, each])
+def test_the_work_of_all_parts_is_counted(engine, monkeypatch, shortage, ask):
+    ask(engine)
+    together = engine.work
+    Short(monkeypatch, Decoder, "prefill", images_of, 2, shortage)
+    ask(engine)
+    assert engine.work.passes > together.passes and engine.work.fed >= engine.work.passes
+    assert 0 < engine.work.kept_bytes <= together.kept_bytes
+
+
+@pytest.mark.parametrize("ask", [marked, each])
 def test_the_plain_path_takes_smaller_parts_too(shared_engine, monkeypatch, shortage, ask):
     expected = ask(shared_engine)
     plain = TransformersEngine(shared_engine.model, shared_engine.processor, shared_engine.info, plain=True)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from plain_scores import plain_scores
 from speakers import HEAD, TAIL, TWICE, make_speaker
+from transformers import RepetitionPenaltyLogitsProcessor
 
 from depthlm_ros.engines.batches import shared_length
 from depthlm_ros.engines.decoder import Decoder
@@ -47,8 +48,8 @@ def babbler(qwen3_vl_checkpoint):
 class PlainTrees:
     """What follows in place of a number, each alternative as a text of its own."""
 
-    def __init__(self, engine, images, asked, answers, which=0):
-        self.engine, self.images = engine, images
+    def __init__(self, engine, images, asked, answers, which=0, penalty=1.0):
+        self.engine, self.images, self.penalty = engine, images, penalty
         self.ids = DigitGrammar(engine.processor.tokenizer).ids
         self.texts = []
         for image, question, answer in zip(images, asked, answers, strict=True):
@@ -57,11 +58,12 @@ class PlainTrees:
             self.texts.append([*prompt, *answer.token_ids[:start]])
 
     def forward(self, rows, paths):
-        found = [
-            plain_scores(self.engine, [self.images[row]], [*self.texts[row], *path])[-1].log_softmax(-1)
-            for row, path in zip(rows, paths, strict=True)
-        ]
-        return torch.stack(found)[:, list(self.ids)]
+        found = []
+        for row, path in zip(rows, paths, strict=True):
+            text = [*self.texts[row], *path]
+            scores = plain_scores(self.engine, [self.images[row]], text)[-1:]
+            found.append(RepetitionPenaltyLogitsProcessor(self.penalty)(torch.tensor([text]), scores))
+        return torch.cat(found).log_softmax(-1)[:, list(self.ids)]
 
     def start(self):
         return self.forward(range(len(self.texts)), [()] * len(self.texts))
@@ -121,6 +123,25 @@ def test_a_distribution_is_that_of_the_models_own_probabilities(speaker):
     expected = expand_numbers(plain.start(), plain.forward, DigitGrammar(speaker.processor.tokenizer))
     assert_same([answer.number for _, answer in written], expected)
     assert any(number.sigma_log > 0.05 for number in expected) and all(number.forwards > 3 for number in expected)
+
+
+def test_a_repetition_penalty_counts_in_distributions_as_in_answers(speaker):
+    """Otherwise another number than the one that was said could be the likeliest."""
+    settings = speaker.model.generation_config
+    settings.repetition_penalty = 1.2
+    try:
+        engine = TransformersEngine(speaker.model, speaker.processor, speaker.info)
+    finally:
+        settings.repetition_penalty = 1.0
+    asked = questions(12)
+    answers = engine.answer_shared(noise(), asked, NEW_TOKENS, distribution=True)
+    written = [(q, a) for q, a in zip(asked, answers, strict=True) if len(a.numbers) == 1][:4]
+    assert written
+    plain = PlainTrees(engine, [noise()] * len(written), *zip(*written, strict=True), penalty=1.2)
+    expected = expand_numbers(plain.start(), plain.forward, DigitGrammar(engine.processor.tokenizer))
+    assert_same([answer.number for _, answer in written], expected)
+    without = [a.token_ids for a in speaker.answer_shared(noise(), asked, NEW_TOKENS)]
+    assert without != [a.token_ids for a in answers]
 
 
 def test_asking_for_distributions_changes_no_answer(speaker):

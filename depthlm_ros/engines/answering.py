@@ -71,6 +71,9 @@ class Answering:
         planner: how many go at once.
         stop_ids: tokens that end an answer.
         penalty: repetition penalty of the checkpoint's own generation settings; 1 for none.
+
+    Attributes:
+        work: what was done since it was last set anew.
     """
 
     def __init__(self, decoder: Decoder, planner: Planner, stop_ids: frozenset[int], penalty: float = 1.0) -> None:
@@ -100,7 +103,6 @@ class Answering:
             guesses: number tokens that each answer probably holds, such as those of the frame before.
             finished: called with the numbers of each group's rows and the group, while its keys are still there.
         """
-        self.work = Work()
         rows = [Row(suffix) for suffix in suffixes]
         if max_new_tokens < 1:
             return rows
@@ -133,24 +135,19 @@ class Answering:
             self._kept = kept = Continuations(self.decoder, rows, capacity)
         return kept
 
-    def scored(self, hidden: torch.Tensor, seen: torch.Tensor | None, fed: torch.Tensor | None) -> torch.Tensor:
+    def scored(self, hidden: torch.Tensor, before: torch.Tensor | None = None) -> torch.Tensor:
         """(B, k, V) float32 scores of the token after each of (B, k, C) states.
 
         Args:
             hidden: normed last states.
-            seen: (B, m) ids that the repetition penalty looks at.
-            fed: (B, k) ids that were fed at these places; the penalty sees those up to each place.
+            before: (B, k, m) ids that stand before that token, some of them several times, for the repetition
+                penalty; None for none.
         """
         scores = self.decoder.lm_head(hidden).float()
-        if seen is None or fed is None:
+        if before is None:
             return scores
-        count, places, _ = scores.shape
-        before = fed[:, None].expand(-1, places, -1)
-        up_to = torch.ones(places, places, dtype=torch.bool, device=fed.device).tril()
-        before = torch.where(up_to, before, before[..., :1])
-        ids = torch.cat([seen[:, None].expand(-1, places, -1), before], dim=-1)
-        values = scores.gather(-1, ids)
-        return scores.scatter(-1, ids, torch.where(values < 0, values * self._penalty, values / self._penalty))
+        values = scores.gather(-1, before)
+        return scores.scatter(-1, before, torch.where(values < 0, values * self._penalty, values / self._penalty))
 
     def parts(self, hidden: torch.Tensor) -> list[slice]:
         """Rows of (B, k, C) states that are scored together: scores of a large vocabulary are larger than all else."""
@@ -188,7 +185,7 @@ class Group:
         longest = max(len(row.suffix) for row in rows)
         ahead = len(sentence.head) + 32 if sentence is not None else 8
         self.own = answering.room(len(rows), longest + min(ahead, max_new_tokens))
-        self._seen_prefix = sorted(set(prefix.token_ids))
+        self._prefix_ids = frozenset(prefix.token_ids)
 
     def run(self, guesses: Sequence[Sequence[int]] | None = None) -> None:
         """Answers all rows."""
@@ -250,9 +247,7 @@ class Group:
             Places.following(held, width, device) if held[0] else None,
             keep if read < width or min(map(len, feeds)) < width else None,
         )
-        seen = self._seen(rows) if self._answering.penalised else None
-        fed = ids.gather(1, keep) if seen is not None else None
-        tokens, chances = self._read(hidden, seen, fed)
+        tokens, chances = self._read(hidden, self._before(rows, ids.gather(1, keep)))
         work = self._answering.work
         work.passes += 1
         work.fed += ids.numel()
@@ -268,25 +263,35 @@ class Group:
                     row.done = True
                     break
 
-    def _read(
-        self, hidden: torch.Tensor, seen: torch.Tensor | None, fed: torch.Tensor | None
-    ) -> tuple[list[list[int]], list[list[float]]]:
+    def _read(self, hidden: torch.Tensor, before: torch.Tensor | None) -> tuple[list[list[int]], list[list[float]]]:
         """Greedy tokens and their probabilities after each state, a part of the rows at a time."""
         tokens, chances = [], []
         for part in self._answering.parts(hidden):
-            scores = self._answering.scored(
-                hidden[part], None if seen is None else seen[part], None if fed is None else fed[part]
-            )
+            scores = self._answering.scored(hidden[part], None if before is None else before[part])
             best, token = scores.max(-1)
             tokens.append(token)
             chances.append((best - scores.logsumexp(-1)).exp_())
         return torch.cat(tokens).tolist(), torch.cat(chances).tolist()
 
-    def _seen(self, rows: list[Row]) -> torch.Tensor:
-        """(B, m) ids of prompt and answer so far, filled up with one of them."""
-        ids = [sorted({*self._seen_prefix, *row.suffix, *row.said}) for row in rows]
-        width = max(map(len, ids))
-        return torch.tensor([some + [some[0]] * (width - len(some)) for some in ids], device=self._device)
+    def ids_before(self, suffix: Sequence[int], said: Sequence[int]) -> list[int]:
+        """What a repetition penalty looks at: ids of a prompt and of what was said, each once."""
+        return sorted({*self._prefix_ids, *suffix, *said})
+
+    def _before(self, rows: list[Row], fed: torch.Tensor) -> torch.Tensor | None:
+        """(B, k, m) ids before each place that is read: prompt, answer so far, and (B, k) what was fed up to there."""
+        if not self._answering.penalised:
+            return None
+        seen = filled([self.ids_before(row.suffix, row.said) for row in rows]).to(self._device)
+        places = fed.shape[1]
+        up_to = torch.ones(places, places, dtype=torch.bool, device=self._device).tril()
+        fed = torch.where(up_to, fed[:, None], fed[:, :1, None])
+        return torch.cat([seen[:, None].expand(-1, places, -1), fed], dim=-1)
+
+
+def filled(ids: Sequence[Sequence[int]]) -> torch.Tensor:
+    """(B, longest) ids; shorter ones are filled up with their own first one."""
+    width = max(map(len, ids))
+    return torch.tensor([[*some, *some[:1] * (width - len(some))] for some in ids])
 
 
 def consecutive(rows: Sequence[int], device: torch.device) -> slice | torch.Tensor:

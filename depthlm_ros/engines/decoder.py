@@ -29,7 +29,7 @@ from depthlm_ros.engines.linear import ACTIVATIONS, Linear, activated, packable
 from depthlm_ros.errors import EngineError
 
 # Packed weights are a copy: only of models that are small beside a machine's memory.
-PACKED_BYTES = 2 << 30
+PACKED_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -309,7 +309,9 @@ class Decoder:
                 slots = torch.arange(key.shape[1], device=ids.device)
                 seen = seen & (slots > turned[..., None] - layer.window)
             ours = self.own_attention(query, key, value, seen, seen is None)
-            theirs = self._to_prefix(layer, query, prefix, number, turned)
+            # Known without asking the device; more than it is among alternatives, whose slots lie beyond their places.
+            furthest = length if places is None else places.seen.shape[-1]
+            theirs = self._to_prefix(layer, query, prefix, number, turned, furthest)
             x = self._finish(layer, x, merge(ours, theirs).reshape(len(x), -1))
         return self._normed(x, self._norm).view(count, -1, x.shape[-1])
 
@@ -350,13 +352,16 @@ class Decoder:
         )
 
     def _to_prefix(
-        self, layer: Layer, query: torch.Tensor, prefix: Prefix, number: int, place: torch.Tensor
+        self, layer: Layer, query: torch.Tensor, prefix: Prefix, number: int, place: torch.Tensor, furthest: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Attention to the prefix; a shared one takes the queries of all rows as one long row."""
+        """Attention to the prefix; a shared one takes the queries of all rows as one long row.
+
+        All of `place`, counted from the end of the prefix, are below `furthest`.
+        """
         key, value = prefix.keys[number], prefix.values[number]
         count, length, heads, size = query.shape
         mask = None
-        if layer.window is not None and len(prefix.token_ids) + int(place.max()) + 1 > layer.window:
+        if layer.window is not None and len(prefix.token_ids) + furthest > layer.window:
             at = (len(prefix.token_ids) + place).expand(count, length)
             mask = _within(at.flatten(), len(prefix.token_ids), layer.window).view(count, length, -1)
         if prefix.rows > 1 or count == 1:

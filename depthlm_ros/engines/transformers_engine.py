@@ -195,6 +195,7 @@ class TransformersEngine:
             return []
         if not images:
             raise EngineError("0 images for the questions; give at least one")
+        self._start_work()
         with _clear_errors(self.info, self._batch_size):
             inputs = [self._images.prepare(image) for image in images]
             prompts = self.processor.prompts(questions, *(image.grid_hw for image in inputs))
@@ -221,6 +222,7 @@ class TransformersEngine:
         if len(images) != len(questions):
             raise EngineError(f"{len(images)} images and {len(questions)} questions; give one image a question")
         answers: dict[int, Answer] = {}
+        self._start_work()
         with _clear_errors(self.info, self._batch_size):
             for same_size in self._by_size(images):
 
@@ -261,6 +263,7 @@ class TransformersEngine:
         """
         if len(blocks) != len(questions):
             raise EngineError(f"{len(blocks)} marked images and {len(questions)} questions; give one block a question")
+        self._start_work()
         with _clear_errors(self.info, self._batch_size):
             marked = MarkedImages(self.processor, image, blocks)
 
@@ -360,7 +363,7 @@ class TransformersEngine:
         own = self._answering.room(len(rest), len(rest[0]))
         prefix = self.prefill(ids[:split], *inputs)
         hidden = self._decoder.extend(torch.tensor(rest, device=self._device), prefix, own, slice(0, len(rest)))
-        return self._answering.scored(hidden, None, None)[:, -1]
+        return self._answering.scored(hidden)[:, -1]
 
     @torch.inference_mode()
     def prove(self) -> None:
@@ -421,6 +424,10 @@ class TransformersEngine:
         del self.model, self._head, self._plain, self._decoder, self._answering, self._dense, self._images
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def _start_work(self) -> None:
+        if self._answering is not None:
+            self._answering.work = Work()
 
     def _answer(
         self,

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from depthlm_ros.engines.answering import Answering, Group, consecutive
+from depthlm_ros.engines.answering import Answering, Group, consecutive, filled
 from depthlm_ros.engines.decoder import Places
 from depthlm_ros.engines.planner import attempt
 
@@ -100,7 +100,8 @@ class NumberTrees:
         found: dict[int, torch.Tensor],
     ) -> None:
         device = self._answering.decoder.device
-        nodes = [self._nodes(tree, [paths[i] for i in asked[tree]]) for tree in trees]
+        asked_paths = [[paths[i] for i in asked[tree]] for tree in trees]
+        nodes = [self._nodes(*some) for some in zip(trees, asked_paths, strict=True)]
         width = max(map(len, nodes))
         span = max(self._used[tree] for tree in trees) + width
         ids = np.zeros((len(trees), width), np.int64)
@@ -134,19 +135,30 @@ class NumberTrees:
             places,
             torch.from_numpy(read).to(device),
         )
-        log_probs = self._log_probs(hidden)
+        log_probs = self._log_probs(hidden, self._ids_before(trees, asked_paths))
         self._answering.work.passes += 1
         self._answering.work.fed += sum(map(len, nodes))
         for tree, known, used, of_tree in zip(trees, slots_of, used_of, log_probs, strict=True):
             self._slots[tree], self._used[tree] = known, used
             found.update(zip(asked[tree], of_tree, strict=False))
 
-    def _log_probs(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(B, k, len(ids)) on the host, of the token after each of (B, k, C) states."""
+    def _ids_before(self, trees: Sequence[int], paths: Sequence[Sequence[tuple[int, ...]]]) -> torch.Tensor | None:
+        """(B, k, m) ids that a repetition penalty looks at after each of some paths of each tree."""
+        if not self._answering.penalised:
+            return None
+        most, before = max(map(len, paths)), []
+        for tree, of_tree in zip(trees, paths, strict=True):
+            row = self._group.rows[self._rows[tree]]
+            ids = self._group.ids_before(row.suffix, row.said[: self._held[tree] - len(row.suffix)])
+            before += [[*ids, *path] for path in [*of_tree, *[()] * (most - len(of_tree))]]
+        return filled(before).view(len(trees), most, -1).to(self._answering.decoder.device)
+
+    def _log_probs(self, hidden: torch.Tensor, before: torch.Tensor | None) -> torch.Tensor:
+        """(B, k, len(ids)) on the host, of the token after each of (B, k, C) states; `before` as in `scored`."""
         wanted = torch.tensor(self._ids, device=hidden.device)
         parts = []
         for part in self._answering.parts(hidden):
-            scores = self._answering.scored(hidden[part], None, None)
+            scores = self._answering.scored(hidden[part], None if before is None else before[part])
             parts.append(scores[..., wanted] - scores.logsumexp(-1, keepdim=True))
         return torch.cat(parts).cpu()
 
