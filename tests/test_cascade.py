@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from depthlm_ros.engines import cascade
-from depthlm_ros.engines.cascade import backends, cuda_flash_attention, fastest, matmul_attention, merge
+from depthlm_ros.engines.cascade import Measured, backends, cuda_flash_attention, matmul_attention, merge
 
 CPU = torch.device("cpu")
 # (rows, tokens, keys, query heads, key heads, head size)
@@ -159,37 +159,53 @@ def test_plain_attention_is_the_same_without_the_sums():
 
 # ---------------------------------------------------------------- the choice
 
-QUERIES = [((1, 24, 4, 16), (1, 40, 2, 16), False), ((3, 8, 4, 16), (3, 8, 2, 16), True)]
+
+def measured(monkeypatch, **known):
+    monkeypatch.setattr(cascade, "backends", lambda device: known)
+    return Measured(CPU)
 
 
-def test_the_fastest_is_one_of_those_that_there_are():
-    names, told = fastest(QUERIES, CPU, torch.float32, rounds=1)
-    assert len(names) == 2 and set(names) <= set(backends(CPU))
-    assert "24x40: " in told and "8x8: " in told and " ms" in told
+def test_the_fastest_is_chosen_when_a_shape_first_comes_and_kept(monkeypatch):
+    ran = []
+    times = {"slow": 2.0, "quick": 1.0}
+
+    def backend(name):
+        def attention(*operands):
+            ran.append(name)
+            return matmul_attention(*operands)
+
+        attention.name = name
+        return attention
+
+    monkeypatch.setattr(cascade, "_seconds", lambda attention, *_: times[attention.name])
+    attention = measured(monkeypatch, slow=backend("slow"), quick=backend("quick"))
+    operands = drawn((3, 8, 8, 4, 2, 16))
+    expected = matmul_attention(*operands, None, True)
+    for output, wanted in zip(attention(*operands, None, True), expected, strict=True):
+        torch.testing.assert_close(output, wanted)
+    assert ran == ["quick"] and set(attention.chosen.values()) == {"quick"}
+    times["quick"] = 3.0
+    attention(*operands, None, True)
+    assert ran == ["quick", "quick"], "measured once"
+    attention(*drawn((3, 1, 8, 4, 2, 16)), None, False)
+    assert ran[-1] == "slow", "another shape is measured anew"
 
 
-def test_the_fastest_is_chosen_shape_by_shape(monkeypatch):
-    monkeypatch.setattr(cascade, "backends", lambda device: {"matmul": 1, "flash": 2})
-    monkeypatch.setattr(
-        cascade, "_seconds", lambda attention, query, key, causal, device: attention if causal else -attention
-    )
-    assert fastest(QUERIES, CPU, torch.float32)[0] == ["flash", "matmul"]
+def test_what_was_measured_is_told():
+    attention = Measured(CPU)
+    attention(*drawn((3, 8, 8, 4, 2, 16)), None, True)
+    told = attention.told()
+    assert "4x8x8: " in told and "matmul" in told and "flash" in told and " ms" in told
 
 
 def fails(*_):
-    raise RuntimeError("no kernel for this\nand a trace of it")
+    raise RuntimeError("no kernel for this")
 
 
-def test_a_backend_that_cannot_run_is_left_out_and_said_so(monkeypatch):
-    monkeypatch.setattr(cascade, "backends", lambda device: {"matmul": matmul_attention, "flash": fails})
-    names, told = fastest(QUERIES, CPU, torch.float32, rounds=1)
-    assert names == ["matmul", "matmul"]
-    assert "flash can't run (no kernel for this)" in told and "trace" not in told
-
-
-def test_where_nothing_runs_now_the_plain_one_is_left(monkeypatch):
-    monkeypatch.setattr(cascade, "backends", lambda device: {"matmul": fails, "flash": fails})
-    assert fastest(QUERIES, CPU, torch.float32)[0] == ["matmul", "matmul"]
+def test_a_backend_that_cannot_run_is_left_out(monkeypatch):
+    attention = measured(monkeypatch, matmul=matmul_attention, flash=fails)
+    attention(*drawn((3, 8, 8, 4, 2, 16)), None, True)
+    assert set(attention.chosen.values()) == {"matmul"}
 
 
 def test_each_device_has_the_backend_that_takes_everything():

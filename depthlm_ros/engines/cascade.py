@@ -12,10 +12,13 @@ K key/value heads (H a multiple of K), D head size.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch.nn import functional as F
+
+# Runs of each backend when a shape first comes; the best one counts.
+ROUNDS = 3
 
 # (query, key, value, mask, causal) -> output (N, T, H, D) and log-sum-exp (N, T, H, 1) in float32.
 Attention = Callable[
@@ -102,39 +105,52 @@ def backends(device: torch.device) -> dict[str, Attention]:
     return known
 
 
-def fastest(
-    shapes: Sequence[tuple[tuple[int, int, int, int], tuple[int, int, int, int], bool]],
-    device: torch.device,
-    dtype: torch.dtype,
-    rounds: int = 3,
-) -> tuple[list[str], str]:
-    """Measures which backend is the fastest at each of some shapes.
+class Measured:
+    """Attention by whichever backend is the fastest at such a shape, measured when one first comes.
 
     Args:
-        shapes: (query (N, T, H, D), key (N, S, K, D), causal) of each.
         device: where.
-        dtype: of the operands.
-        rounds: the best of so many runs counts.
 
-    Returns:
-        Its name for each shape, "matmul" where none ran, and a sentence with the times for people.
+    Attributes:
+        chosen: name of the backend for each kind of shape.
     """
-    chosen, told = [], []
-    for (n, length, heads, size), (_, seen, groups, _), causal in shapes:
-        query = torch.randn(n, length, heads, size, device=device, dtype=dtype)
-        key = torch.randn(n, seen, groups, size, device=device, dtype=dtype)
+
+    def __init__(self, device: torch.device) -> None:
+        self._backends = backends(device)
+        self._device = device
+        self._times: dict[tuple[int, int, int, bool], dict[str, float]] = {}
+        self.chosen: dict[tuple[int, int, int, bool], str] = {}
+
+    def __call__(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, causal: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `matmul_attention`."""
+        kind = (*map(_bucket, (query.shape[0], query.shape[1], key.shape[1])), mask is not None)
+        if kind not in self.chosen:
+            self._measure(kind, query, key, value, mask, causal)
+        return self._backends[self.chosen[kind]](query, key, value, mask, causal)
+
+    def told(self) -> str:
+        """What was measured, for people: batch x new tokens x keys, all rounded up to powers of two."""
+        lines = [
+            f"{n}x{t}x{s}{' masked' if masked else ''}: "
+            + ", ".join(f"{name} {1e3 * time_s:.2f} ms" for name, time_s in times.items())
+            for (n, t, s, masked), times in self._times.items()
+        ]
+        return "attention, the fastest of " + "; ".join(lines) if lines else "attention: nothing measured yet"
+
+    def _measure(self, kind, query, key, value, mask, causal) -> None:
         times = {}
-        for name, attention in backends(device).items():
+        for name, attention in self._backends.items():
             try:
-                times[name] = min(_seconds(attention, query, key, causal, device) for _ in range(rounds + 1))
-            except RuntimeError as error:
-                # A build without this kernel, or a shape that it doesn't take.
-                why, _, _ = str(error).partition("\n")
-                told.append(f"{name} can't run ({why})")
-        # Where nothing ran, as when memory is short now, what takes every shape is left.
-        chosen.append(min(times, key=times.__getitem__, default="matmul"))
-        told.append(f"{length}x{seen}: " + ", ".join(f"{name} {1e3 * s:.2f} ms" for name, s in times.items()))
-    return chosen, "attention " + "; ".join(told)
+                runs = [_seconds(attention, query, key, value, mask, causal, self._device) for _ in range(ROUNDS)]
+            except RuntimeError:
+                # A build without this kernel, a shape that it doesn't take, or memory that is short just now.
+                continue
+            times[name] = min(runs)
+        self._times[kind] = times
+        # Where nothing ran, what takes every shape is left.
+        self.chosen[kind] = min(times, key=times.__getitem__, default="matmul")
 
 
 def merge(ours: tuple[torch.Tensor, torch.Tensor], prefix: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
@@ -159,11 +175,23 @@ def _future(length: int, device: torch.device) -> torch.Tensor:
     return torch.ones(length, length, dtype=torch.bool, device=device).triu(1)
 
 
-def _seconds(attention: Attention, query: torch.Tensor, key: torch.Tensor, causal: bool, device: torch.device) -> float:
+def _bucket(length: int) -> int:
+    return 1 << (length - 1).bit_length()
+
+
+def _seconds(
+    attention: Attention,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    causal: bool,
+    device: torch.device,
+) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     start = time.perf_counter()
-    attention(query, key, key, None, causal)
+    attention(query, key, value, mask, causal)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter() - start

@@ -37,14 +37,14 @@ class Layer:
     """One layer.
 
     Attributes:
-        norm: (C,) scale before the attention.
+        norm: (C,) scale before the attention; None where it is part of what follows.
         qkv: query, key and value of one state, side by side.
         query: query alone, in the last layer, where few tokens ask.
         key_value: key and value alone, likewise.
         q_norm: (D,) scale of each query head; None where there is none.
         k_norm: (D,) scale of each key head.
         output: attention's output, added to the stream.
-        mlp_norm: (C,) scale before the MLP.
+        mlp_norm: (C,) scale before the MLP; None where it is part of what follows.
         gate_up: both of the MLP's inputs side by side; None where they are packed one by one.
         gate: with its activation.
         up: multiplied with the gate.
@@ -52,14 +52,14 @@ class Layer:
         window: tokens that a sliding window lets a token see, itself included; None for all.
     """
 
-    norm: torch.Tensor
+    norm: torch.Tensor | None
     qkv: Linear
     query: Linear | None
     key_value: Linear | None
     q_norm: torch.Tensor | None
     k_norm: torch.Tensor | None
     output: Linear
-    mlp_norm: torch.Tensor
+    mlp_norm: torch.Tensor | None
     gate_up: Linear | None
     gate: Linear | None
     up: Linear | None
@@ -326,9 +326,15 @@ class Decoder:
         elif architecture == "llava":
             window = config.sliding_window
         gate_up = gate = up = None
+        norm, mlp_norm = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
         if self.packed:
-            gate = Linear(mlp.gate_proj.weight, mlp.gate_proj.bias, self.activation)
-            up = Linear(mlp.up_proj.weight, mlp.up_proj.bias)
+            # What is copied anyway takes the norm's weights in; rounding apart, that is the same product.
+            gate_weight, up_weight = mlp.gate_proj.weight, mlp.up_proj.weight
+            if self.dtype == torch.float32:
+                qkv, norm = qkv * norm, None
+                gate_weight, up_weight, mlp_norm = gate_weight * mlp_norm, up_weight * mlp_norm, None
+            gate = Linear(gate_weight, mlp.gate_proj.bias, self.activation)
+            up = Linear(up_weight, mlp.up_proj.bias)
         else:
             gate_up = Linear(*_stack(mlp.gate_proj, mlp.up_proj), pack=False)
 
@@ -336,14 +342,14 @@ class Decoder:
             return Linear(weight, bias, pack=self.packed)
 
         return Layer(
-            norm=layer.input_layernorm.weight,
+            norm=norm,
             qkv=linear(qkv, bias),
             query=linear(qkv[:split], None if bias is None else bias[:split]) if last else None,
             key_value=linear(qkv[split:], None if bias is None else bias[split:]) if last else None,
             q_norm=attention.q_norm.weight if new else None,
             k_norm=attention.k_norm.weight if new else None,
             output=linear(attention.o_proj.weight, attention.o_proj.bias),
-            mlp_norm=layer.post_attention_layernorm.weight,
+            mlp_norm=mlp_norm,
             gate_up=gate_up,
             gate=gate,
             up=up,
@@ -406,11 +412,17 @@ class Decoder:
             query = None if asked is None else layer.query(asked).view(count, -1, self.heads, self.head_size)
             both = layer.key_value(normed).view(count, length, -1, self.head_size)
             key, value = both.split((self.groups, self.groups), dim=2)
-        if layer.k_norm is not None:
-            query = None if query is None else self._normed(query, layer.q_norm)
-            key = self._normed(key, layer.k_norm)
-        query = None if query is None else _turn(query, *(turns or (cos, sin)))
-        return query, _turn(key, cos, sin), value
+        query = None if query is None else self._turned(query, layer.q_norm, *(turns or (cos, sin)))
+        return query, self._turned(key, layer.k_norm, cos, sin), value
+
+    def _turned(
+        self, x: torch.Tensor, weight: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor
+    ) -> torch.Tensor:
+        """Heads (B, T, heads, D) normed, where there is a norm, and turned by (B or 1, T, 1, D) cosines and sines."""
+        if weight is None or self.dtype != torch.float32:
+            return _turn(x if weight is None else self._normed(x, weight), cos, sin)
+        # The norm's factor is one number a head and commutes with turning; its weights go into the small tables.
+        return _turn(x, cos * weight, sin * _swapped(weight)).mul_(self._scale(x))
 
     def _finish(self, layer: Layer, x: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
         """Output projection and MLP, each added to the stream."""
@@ -421,15 +433,22 @@ class Decoder:
         gate, up = layer.gate_up(normed).chunk(2, dim=-1)
         return layer.down(activated(gate, self.activation).mul_(up), x)
 
-    def _normed(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """RMSNorm; in float32 whatever the format, then rounded and scaled, as these models do it."""
+    def _normed(self, x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
+        """RMSNorm; in float32 whatever the format, then rounded and scaled, as these models do it.
+
+        Without weights where these are part of the weights that follow.
+        """
         wide = x.float()
-        length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-        scale = length.square_().div_(x.shape[-1]).add_(self._eps).rsqrt_()
-        return (wide * scale).to(x.dtype).mul_(weight)
+        normed = (wide * self._scale(wide)).to(x.dtype)
+        return normed if weight is None else normed.mul_(weight)
+
+    def _scale(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., 1) one over the root of the mean square."""
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        return length.square_().div_(x.shape[-1]).add_(self._eps).rsqrt_()
 
     def _turns(self, embeds: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines (R, P, 1, D) of the rotary positions."""
+        """Cosines, and sines with the sign that the halves change places with, (R, P, 1, D) of rotary positions."""
         cos, sin = self._rotary(embeds, position_ids)
         if cos.ndim == 4:
             # transformers before 5.20 leaves putting Qwen2.5-VL's three sections together to the attention.
@@ -437,6 +456,8 @@ class Decoder:
             cos, sin = (
                 torch.cat([part[i % 3] for i, part in enumerate(t.split(sections, dim=-1))], dim=-1) for t in (cos, sin)
             )
+        half = sin.shape[-1] // 2
+        sin = torch.cat((-sin[..., :half], sin[..., half:]), dim=-1)
         return cos.unsqueeze(-2), sin.unsqueeze(-2)
 
     def _text_turns(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -461,9 +482,12 @@ def _stack(*linears: nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
 
 def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotary embedding of (B, T, heads, D) by (B or 1, T, 1, D)."""
+    return torch.addcmul(x * cos, _swapped(x), sin)
+
+
+def _swapped(x: torch.Tensor) -> torch.Tensor:
     half = x.shape[-1] // 2
-    other = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
-    return torch.addcmul(x * cos, other, sin)
+    return torch.cat((x[..., half:], x[..., :half]), dim=-1)
 
 
 def _within(at: torch.Tensor, keys: int, window: int) -> torch.Tensor:

@@ -22,7 +22,7 @@ from depthlm_ros.engines.answering import Answering, Group, Work
 from depthlm_ros.engines.answers import AnswerReader
 from depthlm_ros.engines.base import Answer, EngineInfo, ImageGrid
 from depthlm_ros.engines.batches import Batch, PlainPrefix, shared_length
-from depthlm_ros.engines.cascade import Attention, backends, fastest
+from depthlm_ros.engines.cascade import Measured
 from depthlm_ros.engines.checkpoint import Checkpoint, open_checkpoint
 from depthlm_ros.engines.decoder import Decoder, Prefix
 from depthlm_ros.engines.dense import DensePass
@@ -90,7 +90,7 @@ class TransformersEngine:
         self._images = ImageReader(model, processor, info.architecture, lean=not plain)
         if not plain:
             try:
-                self._decoder = Decoder(model, info.architecture, *_attentions(self._device))
+                self._decoder = Decoder(model, info.architecture, Measured(self._device), Measured(self._device))
             except EngineError as error:
                 self._tell(f"answers by transformers' own forward, which is slow: {error}")
         if self._decoder is not None:
@@ -396,16 +396,21 @@ class TransformersEngine:
     def warm_up(self, width: int, height: int) -> None:
         """Runs once at this size, so that the first frame doesn't pay for what is set up lazily.
 
-        The attention that is fastest at these sizes is measured and kept.
+        Which attention is the fastest is measured on the way, see `attention`.
         """
         image = np.zeros((height, width, 3), np.uint8)
-        if self._decoder is not None:
-            told = self._choose_attention(width * height // self.processor.patch_px**2)
-            self.info = replace(self.info, reasons=(*self.info.reasons, told))
         if self._head is not None:
             self.depth_map(image)
-        self.answer_shared(image, [""], 2)
+        self.answer_shared(image, ["", "How far?"], 2)
         self._images.forget()
+
+    @property
+    def attention(self) -> str:
+        """Which attention was found to be the fastest at the shapes that came so far, in words."""
+        if self._decoder is None:
+            return "attention: transformers' own"
+        prefix, own = self._decoder.prefix_attention, self._decoder.own_attention
+        return f"to the prefix: {prefix.told()}. To itself: {own.told()}"
 
     def encode_ahead(self, image: np.ndarray) -> bool:
         """Encodes the next frame beside what runs now, on a GPU; may be called from another thread.
@@ -504,19 +509,6 @@ class TransformersEngine:
         logging.getLogger(__name__).warning("%s: %s", self.info.model, reason)
         self.info = replace(self.info, reasons=(*self.info.reasons, reason))
 
-    def _choose_attention(self, image_tokens: int) -> str:
-        decoder = self._decoder
-        length = 64
-        rows = self._answering.planner.rows(length, 8)
-        size, prefix = decoder.head_size, image_tokens + length
-        shapes = [
-            ((1, rows * length, decoder.heads, size), (1, prefix, decoder.groups, size), False),
-            ((rows, length, decoder.heads, size), (rows, length, decoder.groups, size), True),
-        ]
-        names, told = fastest(shapes, self._device, self._dtype)
-        decoder.prefix_attention, decoder.own_attention = (backends(self._device)[name] for name in names)
-        return told
-
     def _images_at_once(self, image: np.ndarray) -> int:
         """Images that go through the vision tower together."""
         if self._device.type == "cpu":
@@ -561,11 +553,6 @@ class TransformersEngine:
         for row, image in enumerate(images):
             by_size.setdefault(image.shape, []).append(row)
         return list(by_size.values())
-
-
-def _attentions(device: torch.device) -> tuple[Attention, Attention]:
-    known = backends(device)
-    return known.get("flash", known["matmul"]), known["flash" if device.type == "cpu" else "matmul"]
 
 
 def _planner(decoder: Decoder, device: torch.device) -> Planner:
