@@ -208,6 +208,26 @@ def test_a_backend_that_cannot_run_is_left_out(monkeypatch):
     assert set(attention.chosen.values()) == {"matmul"}
 
 
+def test_where_nothing_runs_now_the_plain_one_is_left(monkeypatch):
+    """Its error is that of the pass, which then is made smaller."""
+    attention = measured(monkeypatch, matmul=fails, flash=fails)
+    with pytest.raises(RuntimeError, match="no kernel for this"):
+        attention(*drawn((3, 8, 8, 4, 2, 16)), None, True)
+    assert set(attention.chosen.values()) == {"matmul"}
+
+
+@pytest.mark.parametrize("mask", ["none", "one for all", "each row"])
+def test_the_fastest_is_one_softmax_as_well(mask):
+    """Masked shapes are measured apart, since a kernel may be slow with masks or not take them."""
+    attention = Measured(CPU)
+    for shape in SHAPES:
+        operands, seen = drawn(shape), masks(mask, *shape[:3])
+        assert_close(attention(*operands, seen, False), one_softmax(*operands, seen, False), torch.float32)
+    before = len(attention.chosen)
+    attention(*drawn(SHAPES[2]), masks("each row" if mask == "none" else "none", *SHAPES[2][:3]), False)
+    assert len(attention.chosen) == before + 1
+
+
 def test_each_device_has_the_backend_that_takes_everything():
     for device in ("cpu", "cuda", "meta"):
         assert backends(torch.device(device))["matmul"] is matmul_attention
