@@ -140,7 +140,9 @@ class Parameters:
         "The answers serve a commercial purpose: a model whose licence forbids that, or isn't known, is refused with "
         "the reason.",
     )
-    batch_size: int = _setting(64, "Questions answered together; smaller takes less memory.", low=1, high=4096)
+    batch_size: int = _setting(
+        0, "Most questions answered together; smaller takes less memory. 0: as many as fit and help.", low=0, high=4096
+    )
     points: int = _setting(
         0,
         "Pixels asked in each frame, placed by `sampling`. 0 leaves it to the dialect: dense takes every `stride`-th "

@@ -86,7 +86,7 @@ class Estimator:
         dtype: str = "auto",
         policy: str | None = None,
         dialect: str | None = None,
-        batch_size: int = 64,
+        batch_size: int = 0,
         commercial_use: bool = False,
         depth_kind: str | None = None,
         calibration: str | Path | None = None,
@@ -99,7 +99,7 @@ class Estimator:
             dtype: "auto", "float32", "bfloat16" or "float16".
             policy: "published" or "exact"; None takes the card's.
             dialect: spoken when `estimate` isn't told another; None takes the card's.
-            batch_size: questions decoded together.
+            batch_size: most questions decoded together; 0 for as many as fit and help.
             commercial_use: whether the answers serve a commercial purpose.
             depth_kind: what the answers are taken for, "z" or "euclidean"; None takes the card's, which for a model
                 that learnt from both is a choice.
@@ -144,6 +144,14 @@ class Estimator:
         kind = "z-depth" if card.depth_kind == "z" else "Euclidean distance, converted to z-depth"
         speaks = f"speaks {', '.join(self.dialects)}; focal length {card.focal_px:g} px, policy {self.policy}"
         return f"{speaks}, answers are {kind}"
+
+    def encode_ahead(self, view: UnifiedView) -> None:
+        """Has a prepared frame's image encoded beside what the model does now, where the device has room for both.
+
+        May be called from another thread; the next `estimate` with this view finds the encoding.
+        """
+        if self.default_dialect != "marker":
+            self.engine.encode_ahead(view.image)
 
     def prepare(self, image: np.ndarray, camera: Camera) -> UnifiedView:
         """Makes what the model will see of an image, for `estimate`; may run in another thread beside it.

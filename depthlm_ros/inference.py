@@ -186,6 +186,7 @@ class Inference:
         if not depth:
             return Prepared(frame, None, {"decode": decoded - started})
         view = self._estimator.prepare(frame.image, frame.camera)
+        self._estimator.encode_ahead(view)
         return Prepared(frame, view, {"decode": decoded - started, "unify": time.perf_counter() - decoded})
 
     def measure(self, prepared: Prepared, parameters: Parameters, whole: bool) -> Measurement:

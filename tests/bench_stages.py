@@ -104,6 +104,9 @@ class ReadyEngine:
         self.maps: dict[tuple[int, ...], np.ndarray] = {}
         self.answers = [Answer(answer_text(depth), (), 0.9) for depth in np.linspace(1, 9, 200).tolist()]
 
+    def encode_ahead(self, image: np.ndarray) -> bool:
+        return False
+
     def depth_map(self, image: np.ndarray, question: str) -> np.ndarray:
         if image.shape not in self.maps:
             self.maps[image.shape] = np.random.default_rng(0).uniform(1, 5, image.shape[:2]).astype(np.float32)

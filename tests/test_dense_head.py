@@ -89,7 +89,7 @@ def test_a_map_costs_one_pass_and_no_language_head(qwen3_vl_checkpoint):
     engine = TransformersEngine.load(qwen3_vl_checkpoint)
     lengths, heads = [], []
     prefill = engine._decoder.prefill
-    engine._decoder.prefill = lambda embeds, *args, **kw: lengths.append(embeds.shape[1]) or prefill(embeds, *args, **kw)
+    engine._decoder.prefill = lambda x, *args, **kwargs: lengths.append(x.shape[1]) or prefill(x, *args, **kwargs)
     engine.model.lm_head.register_forward_pre_hook(lambda module, args: heads.append(1))
     image = noise(96, 128)
     engine.depth_map(image, "a long question that would cost a lot to read")

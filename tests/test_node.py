@@ -67,6 +67,9 @@ class PacedEstimator:
         self.prepared += 1
         return UnifiedView(image, camera, "exact", camera)
 
+    def encode_ahead(self, view: UnifiedView) -> None:
+        self.ahead = view
+
     def estimate(
         self, image: np.ndarray, camera: Camera, pixels: np.ndarray, *, dialect: str, **options: Any
     ) -> DepthResult:

@@ -88,6 +88,7 @@ class Slow:
     def describe(self): return []
     def close(self): pass
     def prepare(self, image, camera): return None
+    def encode_ahead(self, view): pass
     def estimate(self, *arguments, **options):
         print("in work", flush=True)
         time.sleep(600)

@@ -83,7 +83,7 @@ ALL_SIZES = TextStage(
 # of the tokens, so there are more of them; half of its steps ask about several points at once, up to four.
 WITH_COMPACT = TextStage(
     name="compact",
-    steps=900,
+    steps=600,
     guided_from=0,
     drill_from=0,
     turns=("compact", "coordinates", "compact", "marker"),

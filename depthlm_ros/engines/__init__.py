@@ -23,7 +23,7 @@ def load_engine(
     device: str = "auto",
     dtype: str = "auto",
     attn: str | None = None,
-    batch_size: int = 64,
+    batch_size: int = 0,
     plain: bool = False,
 ) -> TransformersEngine:
     """Loads a checkpoint into the `transformers` engine.
@@ -34,7 +34,7 @@ def load_engine(
         device: "auto", "cpu", "cuda" or "cuda:N".
         dtype: "auto", "float32", "bfloat16" or "float16".
         attn: attention implementation of transformers; None takes "sdpa".
-        batch_size: questions decoded together on the plain path.
+        batch_size: most questions decoded together; 0 for as many as fit and help.
         plain: take transformers' own forward and cache, the slow reference of every faster path.
 
     Raises:

@@ -153,5 +153,8 @@ class Engine(Protocol):
             distribution: as in `answer_shared`.
         """
 
+    def encode_ahead(self, image: np.ndarray) -> bool:
+        """Encodes the next frame's image beside what runs now, from any thread; False where that isn't worthwhile."""
+
     def depth_map(self, image: np.ndarray, question: str) -> np.ndarray:
         """The dense head's (H', W') float32 output in metres; H', W' = the processor's final size."""

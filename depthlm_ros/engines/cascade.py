@@ -48,7 +48,8 @@ def matmul_attention(
     seen, groups = key.shape[1], key.shape[2]
     share = heads // groups
     q = query.view(n, length, groups, share, size).permute(0, 2, 3, 1, 4).reshape(n, groups, share * length, size)
-    scores = (q @ key.permute(0, 2, 3, 1)).float() * size**-0.5
+    # In float32 from here on, so that short formats don't round the scores.
+    scores = q.float() @ key.permute(0, 2, 3, 1).float() * size**-0.5
     scores = scores.view(n, groups, share, length, seen)
     if causal:
         scores = scores.masked_fill(_future(length, scores.device), -torch.inf)

@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 # Tokens a pass on a CPU: the activations of one layer then stay in the second-level caches (measured on Zen 4:
 # 1,300 tokens of a 256-wide model run at 190 GFLOP/s, 5,000 at 90).
-CPU_PASS_BYTES = 20 << 20
+CPU_PASS_BYTES = 30 << 20
 # ... but a wide model's weights should not be read again for every few tokens.
 CPU_PASS_TOKENS = 512
 # Share of the free memory that a group may take; the rest is for what others allocate meanwhile.

@@ -34,13 +34,15 @@ from depthlm_ros.engines.images import Composed, ImageReader
 from depthlm_ros.engines.loading import load_model
 from depthlm_ros.engines.marked import Block, MarkedImages, MarkedInputs
 from depthlm_ros.engines.plain import PlainPath
-from depthlm_ros.engines.planner import Planner, attempt, out_of_memory
+from depthlm_ros.engines.planner import LARGEST_GROUP, Planner, attempt, out_of_memory
 from depthlm_ros.engines.processor import ImageInputs, PromptProcessor
 from depthlm_ros.engines.speculation import Sentence
 from depthlm_ros.engines.trees import NumberTrees, number_starts
 from depthlm_ros.engines.vision import TOLERANCE
 from depthlm_ros.errors import DialectError, EngineError, ModelError
 
+# Questions that the plain path answers together, and the most images on a GPU, where nobody says otherwise.
+PLAIN_BATCH = 64
 # Images that go through the vision tower together on a CPU; more don't fit its caches.
 CPU_IMAGES = 8
 
@@ -64,7 +66,7 @@ class TransformersEngine:
         head: MLPDepthHead | DPTDepthHead | None = None,
         head_mode: str = "llm_last",
         no_head: str = "",
-        batch_size: int = 64,
+        batch_size: int = 0,
         plain: bool = False,
     ) -> None:
         self.model = model
@@ -74,7 +76,7 @@ class TransformersEngine:
         self._head = head
         self._head_mode = head_mode
         self._no_head = no_head
-        self._batch_size = batch_size
+        self._batch_size = batch_size or PLAIN_BATCH
         self._device = next(model.parameters()).device
         self._reader = AnswerReader(processor.tokenizer)
         self._stop_ids = _stop_ids(model, processor)
@@ -94,7 +96,8 @@ class TransformersEngine:
             except EngineError as error:
                 self._tell(f"answers by transformers' own forward, which is slow: {error}")
         if self._decoder is not None:
-            self._answering = Answering(self._decoder, _planner(self._decoder, self._device), self._stop_ids, penalty)
+            planner = _planner(self._decoder, self._device, batch_size)
+            self._answering = Answering(self._decoder, planner, self._stop_ids, penalty)
             if head is not None:
                 self._dense = DensePass(self._decoder, head, head_mode)
 
@@ -118,7 +121,7 @@ class TransformersEngine:
         device: str = "auto",
         dtype: str = "auto",
         attn: str | None = None,
-        batch_size: int = 64,
+        batch_size: int = 0,
         plain: bool = False,
     ) -> TransformersEngine:
         """Loads a folder or hub id; arguments and errors as in `load_engine`."""
@@ -555,7 +558,7 @@ class TransformersEngine:
         return list(by_size.values())
 
 
-def _planner(decoder: Decoder, device: torch.device) -> Planner:
+def _planner(decoder: Decoder, device: torch.device, batch_size: int) -> Planner:
     item = decoder.dtype.itemsize
     turned = (decoder.heads + 2 * decoder.groups) * decoder.head_size
     # The stream, its normed copy and the attention's output; query, key and value turned and not; gate and up.
@@ -565,6 +568,7 @@ def _planner(decoder: Decoder, device: torch.device) -> Planner:
         token_bytes=2 * len(decoder.layers) * decoder.groups * decoder.head_size * item,
         activation_bytes=wide * item,
         score_bytes=3 * 4 * len(decoder.lm_head.weight),
+        largest=batch_size or LARGEST_GROUP,
     )
 
 
