@@ -27,6 +27,7 @@ from depthlm_ros.engines import load_engine
 from depthlm_ros.engines.base import Answer, Engine
 from depthlm_ros.errors import ConfigError, PixelError, unknown_choice
 from depthlm_ros.expectation import Expected, check_distribution
+from depthlm_ros.guesses import LastAnswers
 from depthlm_ros.map_reading import MapReader, map_reader
 from depthlm_ros.markers import MARGIN_PX, arrow_patch, drawable
 from depthlm_ros.prompts import (
@@ -75,6 +76,7 @@ class Estimator:
         self.engine = engine
         self.policy = policy or card.policy
         self.default_dialect = _dialect(card, dialect)
+        self._last_answers = LastAnswers()
         self.calibration = calibration
 
     @classmethod
@@ -351,7 +353,14 @@ class Estimator:
         return self._read(answers, rows, asked, "distribution" in options)
 
     def _ask(self, view: UnifiedView, questions: Sequence[str], budget: int, options: dict) -> list[Answer]:
-        return self.engine.answer_shared(view.image, questions, budget, **options) if questions else []
+        if not questions:
+            return []
+        guesses = self._last_answers.guesses(questions)
+        if guesses is not None:
+            options = {**options, "guesses": guesses}
+        answers = self.engine.answer_shared(view.image, questions, budget, **options)
+        self._last_answers.remember(questions, answers)
+        return answers
 
     def _marker(
         self, view: UnifiedView, at: np.ndarray, asked: np.ndarray, clock: _Clock, progress: Progress, options: dict

@@ -24,7 +24,7 @@ from rclpy.node import Node  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from sensor_msgs.msg import CameraInfo, Image, PointCloud2  # noqa: E402
 from std_msgs.msg import String  # noqa: E402
-from test_dpt_head import dpt_checkpoint, tensor_bytes  # noqa: E402
+from test_dpt_head import dpt_checkpoint, remembered_bytes, tensor_bytes  # noqa: E402
 from test_node import until  # noqa: E402
 from test_node_questions import AskingWorld  # noqa: E402
 from test_node_two_processes import CARD, FRAME, RELIABLE, SLOW_NODE, NodeProcess, node_command, wait  # noqa: E402

@@ -98,6 +98,7 @@ class Engine(Protocol):
         *,
         expects: str | None = None,
         distribution: bool = False,
+        guesses: Sequence[str] | None = None,
     ) -> list[Answer]:
         """Answers many questions about one (H, W, 3) uint8 RGB image, encoded once.
 
@@ -108,6 +109,7 @@ class Engine(Protocol):
             expects: the sentence that the model was trained to answer with, "{number}" where each number stands and
                 "{same}" where the one before is repeated. It may save time and changes no answer.
             distribution: also give the distribution of each answer's numbers.
+            guesses: the number that each answer probably holds, "" for none. They may save time and change no answer.
         """
 
     def answer_about(
@@ -118,6 +120,7 @@ class Engine(Protocol):
         *,
         expects: str | None = None,
         distribution: bool = False,
+        guesses: Sequence[str] | None = None,
     ) -> list[Answer]:
         """Answers many questions about the same images of any sizes, shown in this order and encoded once."""
 

@@ -160,9 +160,12 @@ class TransformersEngine:
         *,
         expects: str | None = None,
         distribution: bool = False,
+        guesses: Sequence[str] | None = None,
     ) -> list[Answer]:
         """Answers many questions about one image; `answer_about` with a single image."""
-        return self.answer_about([image], questions, max_new_tokens, expects=expects, distribution=distribution)
+        return self.answer_about(
+            [image], questions, max_new_tokens, expects=expects, distribution=distribution, guesses=guesses
+        )
 
     @torch.inference_mode()
     def answer_about(
@@ -173,6 +176,7 @@ class TransformersEngine:
         *,
         expects: str | None = None,
         distribution: bool = False,
+        guesses: Sequence[str] | None = None,
     ) -> list[Answer]:
         """Answers many questions about the same images, which are encoded and prefilled once.
 
@@ -185,6 +189,7 @@ class TransformersEngine:
                 "{same}" where the one before is repeated. It only saves time: what the model says is what counts.
                 One that the tokenizer doesn't keep apart from its number is left out, and `info.reasons` says so.
             distribution: also give the distribution of each answer's number.
+            guesses: the number that each answer probably holds, "" for none; checked like `expects`, which it needs.
 
         Returns:
             Greedy answers in the order of the questions, the same tokens as `model.generate` gives
@@ -202,7 +207,7 @@ class TransformersEngine:
         with _clear_errors(self.info, self._batch_size):
             inputs = [self._images.prepare(image) for image in images]
             prompts = self.processor.prompts(questions, *(image.grid_hw for image in inputs))
-            return self._answer(inputs, prompts, max_new_tokens, expects, distribution)
+            return self._answer(inputs, prompts, max_new_tokens, expects, distribution, guesses)
 
     @torch.inference_mode()
     def answer_each(
@@ -444,6 +449,7 @@ class TransformersEngine:
         max_new_tokens: int,
         expects: str | None,
         distribution: bool,
+        guesses: Sequence[str] | None = None,
     ) -> list[Answer]:
         shared = shared_length(prompts)
         suffixes = [ids[shared:] for ids in prompts]
@@ -460,8 +466,14 @@ class TransformersEngine:
         def expand(places: list[int], group: Group) -> None:
             numbers.update(zip(places, self._distributions(group), strict=True))
 
+        sentence = self._sentence(expects)
+        tokens = None
+        if guesses is not None and sentence is not None:
+            # What can't be written in the tokens of digits isn't guessed.
+            known = {text: token for token, text in sentence.digits.items()} | {".": sentence.point}
+            tokens = [[known[c] for c in guess] if known.keys() >= set(guess) else [] for guess in guesses]
         rows = self._answering.answer(
-            prefix, suffixes, max_new_tokens, self._sentence(expects), finished=expand if distribution else None
+            prefix, suffixes, max_new_tokens, sentence, tokens, finished=expand if distribution else None
         )
         answers = [self._reader.answer(row.said, row.chances) for row in rows]
         return [replace(answer, numbers=numbers.get(at, ())) for at, answer in enumerate(answers)]
