@@ -89,6 +89,8 @@ def measure(subject: Subject, plan: argparse.Namespace, said: Callable[[str], No
             said(f"profile: {entry.frame.dialect}, {len(entry.frame)} points")
             shares = profile_frame(partial(entry.contender.answer, entry.frame), subject.device)
             results.profiles[entry.frame.dialect, len(entry.frame)] = shares
+    if any(entry.contender.name == "ours" for entry in entries):
+        results.notes.append(subject.engine.attention)
     if not plan.no_floor:
         _add_floors(results, subject, entries, answers, said)
     return results
