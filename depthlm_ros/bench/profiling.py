@@ -11,7 +11,11 @@ from torch.profiler import ProfilerActivity, profile
 MATMUL = ("mm", "addmm", "matmul", "addmv", "mv")
 LAYERS = ("linear", "convolution")
 # Projections are plain products; batched ones, the softmax, by hand too, and its merging are attention's.
-ATTENTION = ("attention", "bmm", "softmax", "logsumexp", "logaddexp", "flash", "fmha", "sdpa", "flex", "lerp", "sigmoid")
+ATTENTION = (
+    *("attention", "bmm", "softmax", "logsumexp", "logaddexp", "flash", "fmha", "sdpa", "flex"),
+    # How two attentions over disjoint keys are joined (engines/cascade.py).
+    *("lerp", "sigmoid"),
+)
 BY_HAND = ("exp", "amax")
 KERNELS = ("gemm", "cutlass", "nvjet", "cublas", "gemv", "splitk", "wgmma")
 LEFT_OUT = ("cudaDeviceSynchronize", "cudaStreamSynchronize")
