@@ -12,7 +12,7 @@ from plain_scores import plain_scores
 
 from depthlm_ros.engines.batches import shared_length
 from depthlm_ros.engines.cascade import backends
-from depthlm_ros.engines.decoder import Continuations, Places
+from depthlm_ros.engines.keys import Continuations, Places
 from depthlm_ros.engines.transformers_engine import TransformersEngine
 from depthlm_ros.errors import EngineError
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from depthlm_ros.engines import answering, planner
-from depthlm_ros.engines.decoder import Continuations, Decoder
+from depthlm_ros.engines.decoder import Decoder
+from depthlm_ros.engines.keys import Continuations
 from depthlm_ros.engines.planner import Planner, attempt, free_bytes, out_of_memory
 from depthlm_ros.engines.transformers_engine import TransformersEngine
 from depthlm_ros.errors import EngineError

@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from depthlm_ros.engines.decoder import Continuations, Decoder, Places, Prefix
+from depthlm_ros.engines.decoder import Decoder
+from depthlm_ros.engines.keys import Continuations, Places, Prefix
 from depthlm_ros.engines.planner import Planner, attempt
 from depthlm_ros.engines.speculation import Sentence
 

@@ -24,13 +24,14 @@ from depthlm_ros.engines.base import Answer, EngineInfo, ImageGrid
 from depthlm_ros.engines.batches import Batch, PlainPrefix, shared_length
 from depthlm_ros.engines.cascade import Measured
 from depthlm_ros.engines.checkpoint import Checkpoint, open_checkpoint
-from depthlm_ros.engines.decoder import Decoder, Prefix
+from depthlm_ros.engines.decoder import Decoder
 from depthlm_ros.engines.dense import DensePass
 from depthlm_ros.engines.dense_head import MLPDepthHead, head_features, load_head, unsupported_head
 from depthlm_ros.engines.devices import choose_placement
 from depthlm_ros.engines.digits import DigitGrammar, NumberDistribution, expand_numbers
 from depthlm_ros.engines.dpt_head import DPTDepthHead
 from depthlm_ros.engines.images import Composed, ImageReader
+from depthlm_ros.engines.keys import Prefix
 from depthlm_ros.engines.loading import load_model
 from depthlm_ros.engines.marked import Block, MarkedImages, MarkedInputs
 from depthlm_ros.engines.plain import PlainPath

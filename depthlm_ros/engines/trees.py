@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from depthlm_ros.engines.answering import Answering, Group, consecutive, filled
-from depthlm_ros.engines.decoder import Places
+from depthlm_ros.engines.keys import Places
 from depthlm_ros.engines.planner import attempt
 
 
