@@ -1,6 +1,6 @@
 """Keys and values: of what questions share, of what follows it, and where new tokens find and leave them.
 
-Shapes: R = 1 or B rows of a prefix, B continuations, P keys of the prefix, S of a continuation, K key/value heads of size D.
+Shapes: R rows of a prefix (1 or B), B continuations, P keys of the prefix, S of a continuation, K heads of size D.
 """
 
 from __future__ import annotations
