@@ -11,14 +11,13 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from depthlm_ros.engines.answering import Answering, Group, Work
+from depthlm_ros.engines.answering import Answering, Work
 from depthlm_ros.engines.answers import AnswerReader
 from depthlm_ros.engines.base import Answer, EngineInfo, ImageGrid
 from depthlm_ros.engines.batches import Batch, PlainPrefix, shared_length
@@ -28,8 +27,8 @@ from depthlm_ros.engines.decoder import Decoder
 from depthlm_ros.engines.dense import DensePass
 from depthlm_ros.engines.dense_head import MLPDepthHead, head_features, load_head, unsupported_head
 from depthlm_ros.engines.devices import choose_placement
-from depthlm_ros.engines.digits import DigitGrammar, NumberDistribution, expand_numbers
 from depthlm_ros.engines.dpt_head import DPTDepthHead
+from depthlm_ros.engines.fast import FastPath
 from depthlm_ros.engines.images import Composed, ImageReader
 from depthlm_ros.engines.keys import Prefix
 from depthlm_ros.engines.loading import load_model
@@ -37,8 +36,6 @@ from depthlm_ros.engines.marked import Block, MarkedImages, MarkedInputs
 from depthlm_ros.engines.plain import PlainPath
 from depthlm_ros.engines.planner import LARGEST_GROUP, Planner, attempt, out_of_memory
 from depthlm_ros.engines.processor import ImageInputs, PromptProcessor
-from depthlm_ros.engines.speculation import Sentence
-from depthlm_ros.engines.trees import NumberTrees, number_starts
 from depthlm_ros.engines.vision import TOLERANCE
 from depthlm_ros.errors import DialectError, EngineError, ModelError
 
@@ -84,11 +81,11 @@ class TransformersEngine:
         self._dtype = model.get_input_embeddings().weight.dtype
         # Of images that go through the model together, all channels; less once memory has run out.
         self._most_values = sys.maxsize
-        self._sentences: dict[str, Sentence | None] = {}
         penalty = float(model.generation_config.repetition_penalty or 1.0)
         self._plain = PlainPath(model, info.architecture, self._stop_ids, penalty)
         self._decoder: Decoder | None = None
         self._answering: Answering | None = None
+        self._fast: FastPath | None = None
         self._dense: DensePass | None = None
         self._images = ImageReader(model, processor, info.architecture, lean=not plain)
         if not plain:
@@ -99,6 +96,7 @@ class TransformersEngine:
         if self._decoder is not None:
             planner = _planner(self._decoder, self._device, batch_size)
             self._answering = Answering(self._decoder, planner, self._stop_ids, penalty)
+            self._fast = FastPath(self._answering, processor.tokenizer, self._tell)
             if head is not None:
                 self._dense = DensePass(self._decoder, head, head_mode)
 
@@ -435,7 +433,8 @@ class TransformersEngine:
 
     def close(self) -> None:
         """Frees the model's memory; the engine can't be used afterwards."""
-        del self.model, self._head, self._plain, self._decoder, self._answering, self._dense, self._images
+        del self.model, self._head, self._plain, self._decoder, self._answering, self._fast
+        del self._dense, self._images
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -462,35 +461,8 @@ class TransformersEngine:
                 )
             return self._answer_plainly(self.plain_prefill(prompts[0][:shared], *inputs), suffixes, max_new_tokens)
         prefix = self.prefill(prompts[0][:shared], *inputs)
-        numbers: dict[int, tuple[NumberDistribution, ...]] = {}
-
-        def expand(places: list[int], group: Group) -> None:
-            numbers.update(zip(places, self._distributions(group), strict=True))
-
-        sentence = self._sentence(expects)
-        tokens = None
-        if guesses is not None and sentence is not None:
-            # What can't be written in the tokens of digits isn't guessed.
-            known = {text: token for token, text in sentence.digits.items()} | {".": sentence.point}
-            tokens = [[known[c] for c in guess] if known.keys() >= set(guess) else [] for guess in guesses]
-        rows = self._answering.answer(
-            prefix, suffixes, max_new_tokens, sentence, tokens, finished=expand if distribution else None
-        )
-        answers = [self._reader.answer(row.said, row.chances) for row in rows]
-        return [replace(answer, numbers=numbers.get(at, ())) for at, answer in enumerate(answers)]
-
-    def _distributions(self, group: Group) -> list[tuple[NumberDistribution, ...]]:
-        """Of each row's numbers what else they could have been. The rows' keys are lost."""
-        *digits, point = self._digits.ids
-        starts = [number_starts(row.said, digits, point) for row in group.rows]
-        found: list[list[NumberDistribution]] = [[] for _ in starts]
-        # The last numbers first, since a number's alternatives overwrite what follows it.
-        for which in reversed(range(max(map(len, starts), default=0))):
-            rows = [row for row, places in enumerate(starts) if len(places) > which]
-            trees = NumberTrees(self._answering, group, rows, [starts[row][which] for row in rows], self._digits.ids)
-            for row, number in zip(rows, expand_numbers(trees.start(), trees.forward, self._digits), strict=True):
-                found[row].insert(0, number)
-        return [tuple(numbers) for numbers in found]
+        rows = self._fast.answer(prefix, suffixes, max_new_tokens, expects, distribution, guesses)
+        return [replace(self._reader.answer(row.said, row.chances), numbers=numbers) for row, numbers in rows]
 
     def _answer_plainly(
         self, prefix: PlainPrefix, suffixes: Sequence[Sequence[int]], max_new_tokens: int
@@ -504,21 +476,6 @@ class TransformersEngine:
             said = self._plain.decode(prefix, [suffixes[row] for row in rows], max_new_tokens)
             answers.update({row: self._reader.answer(*one) for row, one in zip(rows, said, strict=True)})
         return [answers[row] for row in range(len(suffixes))]
-
-    @cached_property
-    def _digits(self) -> DigitGrammar:
-        return DigitGrammar(self.processor.tokenizer)
-
-    def _sentence(self, expects: str | None) -> Sentence | None:
-        if expects is None:
-            return None
-        if expects not in self._sentences:
-            try:
-                self._sentences[expects] = Sentence(self.processor.tokenizer, expects)
-            except EngineError as error:
-                self._sentences[expects] = None
-                self._tell(f"answers are decoded token after token, which is slower: {error}")
-        return self._sentences[expects]
 
     def _tell(self, reason: str) -> None:
         """Notes and logs what costs speed and no answer."""
