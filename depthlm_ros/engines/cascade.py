@@ -65,21 +65,37 @@ def matmul_attention(
     )
 
 
-def cpu_flash_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, causal: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
+class CpuFlash:
     """`matmul_attention` by torch's flash kernel for CPUs, which never writes the scores to memory."""
-    bias = None
-    if mask is not None:
-        bias = torch.zeros(mask.shape, dtype=query.dtype).masked_fill_(~mask, -torch.inf)[:, None]
-    output, total = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), 0.0, causal, attn_mask=bias
-    )
-    total = total.transpose(1, 2).unsqueeze(-1)
-    if mask is not None:
-        # The kernel says 0 for a token that sees nothing.
-        total = total.masked_fill(~mask.any(-1)[..., None, None], -torch.inf)
-    return output.transpose(1, 2), total
+
+    def __init__(self) -> None:
+        # What all layers of a pass are given is the same mask.
+        self._masked: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None = None
+
+    def __call__(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, causal: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `matmul_attention`."""
+        bias = blind = None
+        if mask is not None:
+            bias, blind = self._bias(mask, query.dtype)
+        output, total = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), 0.0, causal, attn_mask=bias
+        )
+        total = total.transpose(1, 2).unsqueeze(-1)
+        if blind is not None:
+            # The kernel says 0 for a token that sees nothing.
+            total = total.masked_fill(blind, -torch.inf)
+        return output.transpose(1, 2), total
+
+    def _bias(self, mask: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What is added to the scores, and the tokens that see nothing; None where all see something."""
+        known = self._masked
+        if known is None or known[0] is not mask or known[1].dtype != dtype:
+            bias = torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, -torch.inf)[:, None]
+            sees = mask.any(-1)
+            known = self._masked = mask, bias, None if sees.all() else ~sees[..., None, None]
+        return known[1], known[2]
 
 
 def cuda_flash_attention(
@@ -100,7 +116,7 @@ def backends(device: torch.device) -> dict[str, Attention]:
     """What may run on this device, by name."""
     known: dict[str, Attention] = {"matmul": matmul_attention}
     if device.type == "cpu":
-        known["flash"] = cpu_flash_attention
+        known["flash"] = CpuFlash()
     if device.type == "cuda":
         known["flash"] = cuda_flash_attention
     return known

@@ -202,7 +202,7 @@ class PromptProcessor:
         Raises:
             EngineError: the prompt hasn't one placeholder for each image.
         """
-        texts = [self._chat_text(question, len(grids_hw)) for question in questions]
+        texts = self._chat_texts(questions, len(grids_hw))
         bos = self.tokenizer.bos_token
         encoded = self.tokenizer(texts, add_special_tokens=not (bos and texts[0].startswith(bos)))["input_ids"]
         placeholders = [self._placeholders(grid_hw) for grid_hw in grids_hw]
@@ -213,6 +213,18 @@ class PromptProcessor:
         header, *parts = self._chat_text(question, len(grids_hw)).split(self.image_token)
         written = ["".join(self.tokenizer.convert_ids_to_tokens(self._placeholders(grid))) for grid in grids_hw]
         return header + "".join(tokens + part for tokens, part in zip(written, parts, strict=True))
+
+    def _chat_texts(self, questions: Sequence[str], images: int) -> list[str]:
+        """`_chat_text` of each question; the template is rendered for a few of them where it only frames a text."""
+        if len(questions) < 4:
+            return [self._chat_text(question, images) for question in questions]
+        before, _, after = self._chat_text(PROBE, images).partition(PROBE)
+        # Templates may strip a text or branch on it, which shows in those that are rendered.
+        framed = all(self._chat_text(q, images) == before + q + after for q in (questions[0], questions[-1]))
+        return [
+            before + question + after if framed and question == question.strip() else self._chat_text(question, images)
+            for question in questions
+        ]
 
     def _chat_text(self, question: str, images: int = 1) -> str:
         # Pixtral's template reads a text item's `content`, the others read its `text`.
