@@ -161,7 +161,7 @@ def test_an_image_processor_other_than_the_published_one_is_told(models, config,
 def test_the_demo_may_be_used_by_anyone_and_speaks_all_dialects():
     card = read_card(models_dir() / "demo.yaml")
     assert (card.licence, card.commercial_use) == ("Apache-2.0", True)
-    assert (card.dialects, card.default_dialect) == (("dense", "coordinates", "marker"), "dense")
+    assert (card.dialects, card.default_dialect) == (("dense", "coordinates", "marker", "compact"), "dense")
     assert (card.focal_px, card.policy, card.depth_kind, card.system_text) == (200.0, "exact", "z", None)
 
 

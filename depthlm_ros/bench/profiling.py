@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, record_function
 
 MATMUL = ("mm", "addmm", "matmul", "addmv", "mv")
 LAYERS = ("linear", "convolution")
@@ -18,7 +18,10 @@ ATTENTION = (
 )
 BY_HAND = ("exp", "amax")
 KERNELS = ("gemm", "cutlass", "nvjet", "cublas", "gemv", "splitk", "wgmma")
-LEFT_OUT = ("cudaDeviceSynchronize", "cudaStreamSynchronize")
+# The profiler's own start disturbs the frame after it (up to a second, in whatever runs then).
+FRAMES = 3
+_MARK = "depthlm.frame"
+LEFT_OUT = (_MARK, "cudaDeviceSynchronize", "cudaStreamSynchronize")
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class Shares:
 
 
 def profile_frame(run: Callable[[], object], device: torch.device) -> Shares:
-    """Runs once under torch's profiler.
+    """Runs some frames under torch's profiler, of which the last counts.
 
     Args:
         run: answers a frame, warmed up.
@@ -49,13 +52,18 @@ def profile_frame(run: Callable[[], object], device: torch.device) -> Shares:
     """
     cuda = device.type == "cuda"
     with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as recorded:
-        run()
-        if cuda:
-            torch.cuda.synchronize(device)
+        for _ in range(FRAMES):
+            with record_function(_MARK):
+                run()
+                if cuda:
+                    torch.cuda.synchronize(device)
+    events = recorded.events()
+    begin = max(event.time_range.start for event in events if event.key == _MARK)
     taken: dict[str, float] = {}
-    for event in recorded.key_averages():
+    for event in events:
         own = event.self_device_time_total if cuda else event.self_cpu_time_total
-        if own > 0 and event.key not in LEFT_OUT and (not cuda or event.device_type.name == "CUDA"):
+        counts = event.key not in LEFT_OUT and (not cuda or event.device_type.name == "CUDA")
+        if own > 0 and counts and event.time_range.start >= begin:
             taken[event.key] = taken.get(event.key, 0.0) + own
     return shares(taken)
 

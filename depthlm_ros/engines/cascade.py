@@ -47,22 +47,24 @@ def matmul_attention(
     n, length, heads, size = query.shape
     seen, groups = key.shape[1], key.shape[2]
     share = heads // groups
-    q = query.view(n, length, groups, share, size).permute(0, 2, 3, 1, 4).reshape(n, groups, share * length, size)
-    # In float32 from here on, so that short formats don't round the scores.
-    scores = q.float() @ key.permute(0, 2, 3, 1).float() * size**-0.5
-    scores = scores.view(n, groups, share, length, seen)
-    if causal:
-        scores = scores.masked_fill(_future(length, scores.device), -torch.inf)
-    if mask is not None:
-        scores = scores.masked_fill(~mask[:, None, None], -torch.inf)
-    total = scores.logsumexp(-1, keepdim=True)
-    # The clamp keeps a token that sees nothing from being -inf less -inf.
-    weights = (scores - total.clamp(min=_LOWEST)).exp_().to(value.dtype).view(n, groups, share * length, seen)
-    output = (weights @ value.transpose(1, 2)).view(n, groups, share, length, size)
-    return (
-        output.permute(0, 3, 1, 2, 4).reshape(n, length, heads, size),
-        total.permute(0, 3, 1, 2, 4).reshape(n, length, heads, 1),
-    )
+    query = query.view(n, length, groups, share, size)
+    output = torch.empty_like(query)
+    total = torch.empty(n, length, groups, share, 1, dtype=torch.float32, device=query.device)
+    # Group by group, because keys of several groups lie so that one product for all would copy them first.
+    for group in range(groups):
+        q = query[:, :, group].transpose(1, 2).reshape(n, share * length, size)
+        # In float32 from here on, so that short formats don't round the scores.
+        scores = (q.float() @ key[:, :, group].transpose(1, 2).float()).mul_(size**-0.5).view(n, share, length, seen)
+        if causal:
+            scores = scores.masked_fill_(_future(length, scores.device), -torch.inf)
+        if mask is not None:
+            scores = scores.masked_fill_(~mask[:, None], -torch.inf)
+        sums = scores.logsumexp(-1, keepdim=True)
+        # The clamp keeps a token that sees nothing from being -inf less -inf.
+        weights = scores.sub_(sums.clamp(min=_LOWEST)).exp_().to(value.dtype).view(n, share * length, seen)
+        output[:, :, group] = (weights @ value[:, :, group]).view(n, share, length, size).transpose(1, 2)
+        total[:, :, group] = sums.transpose(1, 2)
+    return output.view(n, length, heads, size), total.view(n, length, heads, 1)
 
 
 class CpuFlash:

@@ -41,8 +41,7 @@ class Layer:
         qkv: query, key and value of one state, side by side.
         query: query alone, in the last layer, where few tokens ask.
         key_value: key and value alone, likewise.
-        q_norm: (D,) scale of each query head; None where there is none.
-        k_norm: (D,) scale of each key head.
+        qk_norm: (H + K, D) scales of the query heads, then of the key heads; None where there are none.
         output: attention's output, added to the stream.
         mlp_norm: (C,) scale before the MLP; None where it is part of what follows.
         gate_up: both of the MLP's inputs side by side; None where they are packed one by one.
@@ -56,8 +55,7 @@ class Layer:
     qkv: Linear
     query: Linear | None
     key_value: Linear | None
-    q_norm: torch.Tensor | None
-    k_norm: torch.Tensor | None
+    qk_norm: torch.Tensor | None
     output: Linear
     mlp_norm: torch.Tensor | None
     gate_up: Linear | None
@@ -256,8 +254,7 @@ class Decoder:
             qkv=linear(qkv, bias),
             query=linear(qkv[:split], None if bias is None else bias[:split]) if last else None,
             key_value=linear(qkv[split:], None if bias is None else bias[split:]) if last else None,
-            q_norm=attention.q_norm.weight if new else None,
-            k_norm=attention.k_norm.weight if new else None,
+            qk_norm=self._head_norms(attention) if new else None,
             output=linear(attention.o_proj.weight, attention.o_proj.bias),
             mlp_norm=mlp_norm,
             gate_up=gate_up,
@@ -266,6 +263,10 @@ class Decoder:
             down=linear(mlp.down_proj.weight, mlp.down_proj.bias),
             window=window,
         )
+
+    def _head_norms(self, attention: nn.Module) -> torch.Tensor:
+        each = (attention.q_norm.weight, self.heads), (attention.k_norm.weight, self.groups)
+        return torch.cat([weight.detach().expand(heads, -1) for weight, heads in each])
 
     def _to_prefix(
         self, layer: Layer, query: torch.Tensor, prefix: Prefix, number: int, place: torch.Tensor, furthest: int
@@ -315,24 +316,28 @@ class Decoder:
         turns: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Query (of `asked` tokens, None for none), key and value, normed and turned; (B, T, heads, D) each."""
+        norms = layer.qk_norm
         if asked is normed:
             both = layer.qkv(normed).view(count, length, -1, self.head_size)
-            query, key, value = both.split((self.heads, self.groups, self.groups), dim=2)
-        else:
-            query = None if asked is None else layer.query(asked).view(count, -1, self.heads, self.head_size)
-            both = layer.key_value(normed).view(count, length, -1, self.head_size)
-            key, value = both.split((self.groups, self.groups), dim=2)
-        query = None if query is None else self._turned(query, layer.q_norm, *(turns or (cos, sin)))
-        return query, self._turned(key, layer.k_norm, cos, sin), value
+            # Queries and keys are turned as one tensor: half of the operations, and they lie side by side.
+            turned = self._turned(both[:, :, : self.heads + self.groups], norms, cos, sin)
+            query, key = turned.split((self.heads, self.groups), dim=2)
+            return query, key, both[:, :, self.heads + self.groups :]
+        query = None
+        if asked is not None:
+            query = layer.query(asked).view(count, -1, self.heads, self.head_size)
+            query = self._turned(query, None if norms is None else norms[: self.heads], *(turns or (cos, sin)))
+        key, value = layer.key_value(normed).view(count, length, -1, self.head_size).chunk(2, dim=2)
+        return query, self._turned(key, None if norms is None else norms[self.heads :], cos, sin), value
 
     def _turned(
         self, x: torch.Tensor, weight: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor
     ) -> torch.Tensor:
-        """Heads (B, T, heads, D) normed, where there is a norm, and turned by (B or 1, T, 1, D) cosines and sines."""
+        """Heads (B, T, heads, D) normed, where there are (heads, D) norms, and turned by (B or 1, T, 1, D) angles."""
         if weight is None or self.dtype != torch.float32:
             return _turn(x if weight is None else self._normed(x, weight), cos, sin)
-        # The norm's factor is one number a head and commutes with turning; its weights go into the small tables.
-        return _turn(x, cos * weight, sin * _swapped(weight)).mul_(self._scale(x))
+        # A norm's factor is one number a head and commutes with turning; its weights go into the small tables.
+        return _turn(x, cos * weight, sin * weight.roll(weight.shape[-1] // 2, -1)).mul_(self._scale(x))
 
     def _finish(self, layer: Layer, x: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
         """Output projection and MLP, each added to the stream."""
@@ -391,13 +396,13 @@ def _stack(*linears: nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
 
 
 def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary embedding of (B, T, heads, D) by (B or 1, T, 1, D)."""
-    return torch.addcmul(x * cos, _swapped(x), sin)
-
-
-def _swapped(x: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding of (B, T, heads, D) by (B or 1, T, 1 or heads, D)."""
     half = x.shape[-1] // 2
-    return torch.cat((x[..., half:], x[..., :half]), dim=-1)
+    turned = x * cos
+    # By halves: a tensor of the halves swapped would be written only to be read once.
+    turned[..., :half].addcmul_(x[..., half:], sin[..., :half])
+    turned[..., half:].addcmul_(x[..., :half], sin[..., half:])
+    return turned
 
 
 def _within(at: torch.Tensor, keys: int, window: int) -> torch.Tensor:

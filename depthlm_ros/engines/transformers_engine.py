@@ -26,7 +26,7 @@ from depthlm_ros.engines.checkpoint import Checkpoint, open_checkpoint
 from depthlm_ros.engines.decoder import Decoder
 from depthlm_ros.engines.dense import DensePass
 from depthlm_ros.engines.dense_head import MLPDepthHead, head_features, load_head, unsupported_head
-from depthlm_ros.engines.devices import choose_placement
+from depthlm_ros.engines.devices import choose_placement, keep_freed_memory
 from depthlm_ros.engines.dpt_head import DPTDepthHead
 from depthlm_ros.engines.fast import FastPath
 from depthlm_ros.engines.images import Composed, ImageReader
@@ -126,6 +126,8 @@ class TransformersEngine:
         """Loads a folder or hub id; arguments and errors as in `load_engine`."""
         checkpoint = open_checkpoint(source, revision)
         placement = choose_placement(device, dtype, checkpoint.parameters)
+        if placement.device.type == "cpu":
+            keep_freed_memory()
         processor = PromptProcessor(checkpoint, system_text)
         model = load_model(checkpoint, placement, attn or "sdpa")
         head, mode, no_head = None, "llm_last", f"{checkpoint.name} has no depth head"
