@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
@@ -18,8 +19,8 @@ ATTENTION = (
 )
 BY_HAND = ("exp", "amax")
 KERNELS = ("gemm", "cutlass", "nvjet", "cublas", "gemv", "splitk", "wgmma")
-# The profiler's own start disturbs the frame after it (up to a second, in whatever runs then).
-FRAMES = 3
+# After one that doesn't count: the profiler's start disturbs it (up to a second, in whatever runs then).
+FRAMES = 5
 _MARK = "depthlm.frame"
 LEFT_OUT = (_MARK, "cudaDeviceSynchronize", "cudaStreamSynchronize")
 
@@ -34,6 +35,7 @@ class Shares:
         attention: share of attention.
         rest: share of everything else.
         largest: the operators of the rest that took most, with their shares.
+        rest_spread: least and most rest of the frames that were profiled; this is the one with the median.
     """
 
     seconds: float
@@ -41,10 +43,11 @@ class Shares:
     attention: float
     rest: float
     largest: tuple[tuple[str, float], ...]
+    rest_spread: tuple[float, float] = (0.0, 0.0)
 
 
 def profile_frame(run: Callable[[], object], device: torch.device) -> Shares:
-    """Runs some frames under torch's profiler, of which the last counts.
+    """Runs some frames under torch's profiler, and gives the one whose rest is the median.
 
     Args:
         run: answers a frame, warmed up.
@@ -52,20 +55,21 @@ def profile_frame(run: Callable[[], object], device: torch.device) -> Shares:
     """
     cuda = device.type == "cuda"
     with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as recorded:
-        for _ in range(FRAMES):
+        for _ in range(1 + FRAMES):
             with record_function(_MARK):
                 run()
                 if cuda:
                     torch.cuda.synchronize(device)
     events = recorded.events()
-    begin = max(event.time_range.start for event in events if event.key == _MARK)
-    taken: dict[str, float] = {}
+    starts = sorted(event.time_range.start for event in events if event.key == _MARK and not _on_gpu(event))[1:]
+    frames: list[dict[str, float]] = [{} for _ in starts]
     for event in events:
         own = event.self_device_time_total if cuda else event.self_cpu_time_total
-        counts = event.key not in LEFT_OUT and (not cuda or event.device_type.name == "CUDA")
-        if own > 0 and counts and event.time_range.start >= begin:
-            taken[event.key] = taken.get(event.key, 0.0) + own
-    return shares(taken)
+        number = bisect(starts, event.time_range.start) - 1
+        if own > 0 and number >= 0 and event.key not in LEFT_OUT and _on_gpu(event) == cuda:
+            frames[number][event.key] = frames[number].get(event.key, 0.0) + own
+    ordered = sorted(map(shares, frames), key=lambda frame: frame.rest)
+    return replace(ordered[len(ordered) // 2], rest_spread=(ordered[0].rest, ordered[-1].rest))
 
 
 def shares(taken: dict[str, float]) -> Shares:
@@ -84,6 +88,10 @@ def shares(taken: dict[str, float]) -> Shares:
             rest[name] = own / total
     largest = sorted(rest.items(), key=lambda item: -item[1])[:8]
     return Shares(total / 1e6, sums["matmul"] / total, sums["attention"] / total, sums["rest"] / total, tuple(largest))
+
+
+def _on_gpu(event) -> bool:
+    return event.device_type.name == "CUDA"
 
 
 def kind_of(name: str) -> str:

@@ -318,7 +318,9 @@ def _profile_lines(results: Results) -> list[str]:
     lines = []
     for (dialect, points), shares in results.profiles.items():
         largest = ", ".join(f"{key.removeprefix('aten::')} {share:.1%}" for key, share in shares.largest[:4])
+        low, high = shares.rest_spread
         kinds = f"matmul {shares.matmul:.1%}, attention {shares.attention:.1%}, rest {shares.rest:.1%}"
+        kinds += f" (frames: {low:.1%} to {high:.1%})" if high else ""
         line = f"time of a frame, {dialect}, {points} points: {kinds} ({largest})"
         floor = results.floor(dialect, points)
         if floor is not None and shares.matmul:
