@@ -12,7 +12,7 @@ from depthlm_ros.cards import load_card
 from depthlm_ros.estimator import Estimator
 from depthlm_ros.metrics import depth_metrics
 from depthlm_ros.prompts import coordinates_question, normalise_pixel, parse_depth
-from depthlm_training.score import held_out
+from depthlm_training.demo.score import held_out
 
 FOLDER = Path(__file__).parents[1] / "models" / "demo"
 SCORES = json.loads((FOLDER / "scores.json").read_text())

@@ -1,1 +1,1 @@
-"""From rendered scenes to a checkpoint: `raycast` -> `scenes` -> `data` -> `dense` / `sft` -> `demo` (one command)."""
+"""From recordings, datasets and rendered scenes to a checkpoint that knows metres."""

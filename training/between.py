@@ -25,7 +25,7 @@ from depthlm_ros.densified import near_edges
 from depthlm_ros.densify import densify
 from depthlm_ros.metrics import depth_metrics
 from depthlm_ros.sampling import sample_pixels
-from depthlm_training.data import scene_rng
+from depthlm_training.demo.bank import scene_rng
 from depthlm_training.raycast import render
 from depthlm_training.scenes import KINDS, random_pose, random_scene
 

@@ -16,7 +16,7 @@ from depthlm_ros.calibration import calibrated_elsewhere, reliability
 from depthlm_ros.estimator import Estimator
 from depthlm_ros.expectation import DEPTH_VALUES
 from depthlm_ros.metrics import delta1_interval, depth_metrics, within_delta1
-from depthlm_training.score import held_out
+from depthlm_training.demo.score import held_out
 
 
 def confidence(model: str, scenes: int, seed: int, points: int = 50, dialect: str = "coordinates") -> dict:

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from depthlm_training.data import MONITOR, SceneBank, make_batch
-from depthlm_training.model import DemoNet, Encoded
-from depthlm_training.optim import Optimizer, Schedule, load_state, save_state
+from depthlm_training.demo.bank import MONITOR, SceneBank, make_batch
+from depthlm_training.demo.model import DemoNet, Encoded
+from depthlm_training.demo.optim import Optimizer, Schedule, load_state, save_state
 
 
 @dataclass(frozen=True)

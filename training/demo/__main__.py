@@ -19,14 +19,14 @@ from pathlib import Path
 
 import torch
 
-from depthlm_training.data import SHARD, SceneBank, render_bank
-from depthlm_training.dense import DenseStage, train_dense
-from depthlm_training.model import DemoNet
-from depthlm_training.optim import load_state
-from depthlm_training.score import MARKER_POINTS, POINTS, SCENES, score
-from depthlm_training.sft import train_text
-from depthlm_training.stages import ALL_SIZES, WITH_COMPACT, TextStage
-from depthlm_training.vocabulary import build_tokenizer, save_processor
+from depthlm_training.demo.bank import SHARD, SceneBank, render_bank
+from depthlm_training.demo.dense import DenseStage, train_dense
+from depthlm_training.demo.model import DemoNet
+from depthlm_training.demo.optim import load_state
+from depthlm_training.demo.score import MARKER_POINTS, POINTS, SCENES, score
+from depthlm_training.demo.stages import ALL_SIZES, WITH_COMPACT, TextStage
+from depthlm_training.demo.text import train_text
+from depthlm_training.demo.vocabulary import build_tokenizer, save_processor
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ instead, {text_minutes:.0f} minutes. Stage 3 (all image sizes): {recipe.sizes.st
 images, {sizes_minutes:.0f} minutes. Stage 4 (compact): {recipe.compact.steps} steps, every second one compact with
 {recipe.compact.points} points an image, the others as in stage 3, {compact_minutes:.0f} minutes. Machine: {machine}.
 It did other work at the same time, so the minutes are an upper bound.
-`python -m depthlm_training.score models/demo` measures the table again.
+`python -m depthlm_training.demo.score models/demo` measures the table again.
 """
 
 ROW = "| {} | {:.3f} ({:.3f} to {:.3f}) | {:+.3f} | {:.3f} | {:.2f} | {} of {} |"

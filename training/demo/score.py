@@ -3,7 +3,7 @@
 The cameras differ in size, field of view and principal point from those of training; questions are asked and answers
 scored in the source image's pixels.
 
-    python -m depthlm_training.score models/demo
+    python -m depthlm_training.demo.score models/demo
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tqdm import tqdm
 from depthlm_ros.camera import Camera
 from depthlm_ros.estimator import Estimator
 from depthlm_ros.metrics import best_constant, delta1_interval, depth_metrics, row_prior
-from depthlm_training.data import scene_rng
+from depthlm_training.demo.bank import scene_rng
 from depthlm_training.raycast import render
 from depthlm_training.scenes import random_pose, random_scene
 

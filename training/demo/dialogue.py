@@ -19,8 +19,8 @@ from depthlm_ros.prompts import (
     marker_question,
     normalise_pixel,
 )
-from depthlm_training.data import SceneBank, make_batch
-from depthlm_training.stages import TextStage
+from depthlm_training.demo.bank import SceneBank, make_batch
+from depthlm_training.demo.stages import TextStage
 
 IGNORED = -100
 LEAST_M = 0.05  # nearer than any scene places a camera; keeps "0.00" out of the answers

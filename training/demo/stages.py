@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from depthlm_training.data import ALL_CANVASES, CANVASES, Canvases
+from depthlm_training.demo.bank import ALL_CANVASES, CANVASES, Canvases
 
 
 @dataclass(frozen=True)

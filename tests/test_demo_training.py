@@ -20,17 +20,20 @@ from depthlm_ros.prompts import (
     normalise_pixel,
     parse_compact_points,
 )
-from depthlm_training import data, dense, raycast, sft
-from depthlm_training.demo import declare_compact
-from depthlm_training.dense import DenseStage, train_dense
-from depthlm_training.dialogue import IGNORED, Dialogue, ask
-from depthlm_training.model import DemoNet, Size, patchify
-from depthlm_training.optim import save_state
+from depthlm_training import raycast
+from depthlm_training.demo import bank as data
+from depthlm_training.demo import dense
+from depthlm_training.demo import text as sft
+from depthlm_training.demo.__main__ import declare_compact
+from depthlm_training.demo.dense import DenseStage, train_dense
+from depthlm_training.demo.dialogue import IGNORED, Dialogue, ask
+from depthlm_training.demo.model import DemoNet, Size, patchify
+from depthlm_training.demo.optim import save_state
+from depthlm_training.demo.stages import ALL_SIZES, WITH_COMPACT, TextStage
+from depthlm_training.demo.text import answer_states, text_delta1, train_text
+from depthlm_training.demo.vocabulary import build_tokenizer, save_processor
 from depthlm_training.raycast import BOX, CYLINDER, SPHERE, Pose, Scene, render
 from depthlm_training.scenes import random_pose, random_scene, render_drive
-from depthlm_training.sft import answer_states, text_delta1, train_text
-from depthlm_training.stages import ALL_SIZES, WITH_COMPACT, TextStage
-from depthlm_training.vocabulary import build_tokenizer, save_processor
 
 CAMERA = Camera(fx=100, fy=100, cx=63.5, cy=47.5, width=128, height=96)
 TINY = Size(

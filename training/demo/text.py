@@ -18,13 +18,13 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from depthlm_training.data import MONITOR, SceneBank
-from depthlm_training.dense import dense_delta1, dense_loss
-from depthlm_training.dialogue import IGNORED, LEAST_M, Asked, Dialogue, Rows, ask, pick_points, questions_about
-from depthlm_training.model import DemoNet, Encoded
-from depthlm_training.optim import Optimizer, Schedule, load_state, save_state
+from depthlm_training.demo.bank import MONITOR, SceneBank
+from depthlm_training.demo.dense import dense_delta1, dense_loss
+from depthlm_training.demo.dialogue import IGNORED, LEAST_M, Asked, Dialogue, Rows, ask, pick_points, questions_about
+from depthlm_training.demo.model import DemoNet, Encoded
+from depthlm_training.demo.optim import Optimizer, Schedule, load_state, save_state
+from depthlm_training.demo.stages import TextStage
 from depthlm_training.raycast import FAR_M
-from depthlm_training.stages import TextStage
 
 
 def answer_states(
