@@ -1,1 +1,1 @@
-"""Makes `models/demo`: `bank` of scenes -> `dense` -> `text`, in stages -> `score` -> card (`__main__`, one command)."""
+"""Makes `models/demo`: `bank` of scenes -> `dense` -> `text` in stages -> `score` -> card (`__main__`, one command)."""
