@@ -1,0 +1,370 @@
+"""Sources of training data: each gives `Example`s by index, or says why a row can't be trained on.
+
+| source | rows |
+|---|---|
+| `LabelledSource` | DepthLM's jsonl (points) and DepthVLM's jsonl (depth maps) |
+| `DialogueSource` | images with questions and answers in words: objects, correspondence, pose, anything |
+| `SceneSource` | rendered scenes with exact depth at every pixel |
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from PIL import Image
+
+from depthlm_ros.camera import Camera
+from depthlm_ros.datasets import DEPTH_FOLDERS, IMAGE_FOLDERS, LabelledImage, LabelledImages
+from depthlm_ros.depth import DEPTH_KINDS
+from depthlm_ros.errors import CameraError, ConfigError, DatasetError, ImageError, unknown_choice
+from depthlm_ros.photographs import read_photograph
+from depthlm_training.raycast import render
+from depthlm_training.rows import (
+    CAUSES,
+    ESCAPES,
+    MALFORMED,
+    MISSING_DEPTH_MAP,
+    MISSING_IMAGE,
+    NO_LABELS,
+    NON_FINITE_DEPTH,
+    NON_POSITIVE_DEPTH,
+    POINT_OUTSIDE,
+    TRUNCATED_DEPTH_MAP,
+    TRUNCATED_IMAGE,
+    UNUSABLE_CAMERA,
+    ZERO_FOCAL,
+    BadRow,
+    BadRows,
+    JsonLines,
+)
+from depthlm_training.scenes import random_pose, random_scene
+
+__all__ = [
+    "CAUSES",
+    "BadRow",
+    "BadRows",
+    "DialogueSource",
+    "Example",
+    "LabelledSource",
+    "SceneSource",
+    "Source",
+]
+
+SPLITS = ("train", "held_out")
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """One row of a data set, checked.
+
+    Attributes:
+        name: file and line, for messages.
+        images: (H, W, 3) uint8 RGB; two where the dialogue is about a pair.
+        cameras: intrinsics of each image, None where they aren't known.
+        pixels: (N, 2) float32 `(u, v)` of the labels, all inside `images[0]`; N is 0 where there are none.
+        depth_m: (N,) float32 z-depth in metres, finite and positive.
+        dialogue: (question, answer) pairs in words.
+    """
+
+    name: str
+    images: tuple[np.ndarray, ...]
+    cameras: tuple[Camera | None, ...]
+    pixels: np.ndarray
+    depth_m: np.ndarray
+    dialogue: tuple[tuple[str, str], ...] = ()
+
+    def depth_map(self) -> np.ndarray:
+        """(H, W) float32 metres of `images[0]`, NaN where unlabelled; the nearer of two labels on one pixel stays."""
+        return LabelledImage(self.name, self.images[0], self.cameras[0], self.pixels, self.depth_m).depth_map()
+
+
+class Source(Protocol):
+    """Rows of one data set."""
+
+    name: str
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Example:
+        """One row.
+
+        Raises:
+            BadRow: it can't be trained on.
+        """
+        ...
+
+
+class LabelledSource:
+    """A labels file of DepthLM's or DepthVLM's schema, read row by row.
+
+    A row with anything wrong in it is bad as a whole: a point that lies outside speaks against its neighbours too.
+
+    Args:
+        path: the .jsonl file.
+        depth_kind: what the labels measure, "z" or "euclidean". Neither schema says it reliably, so it has no default.
+        images: folder of the images; by default the file's own folder or its `rgb`/`images`.
+        depths: folder of the depth maps; by default the file's own folder or its `depth`/`depths`.
+        part: which rows, as shares of the file; DepthLM trains on (0, 0.98) of ScanNet++ and evaluates on the rest.
+        range_m: labels nearer or farther than this are left out.
+
+    Raises:
+        DatasetError: no such file, or rows of neither schema.
+        ConfigError: an unknown depth kind, a part without rows.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        depth_kind: str,
+        images: str | Path | None = None,
+        depths: str | Path | None = None,
+        part: tuple[float, float] = (0.0, 1.0),
+        range_m: tuple[float, float] = (0.0, math.inf),
+    ) -> None:
+        if depth_kind not in DEPTH_KINDS:
+            raise ConfigError(unknown_choice("depth kind", depth_kind, DEPTH_KINDS))
+        self._lines = JsonLines(path)
+        self.name = str(path)
+        self._rows = _part(len(self._lines), part, self.name)
+        self._range_m = range_m
+        self._schema = _schema(self._lines)
+        self._images = _Folders(images, self._lines.path.parent, IMAGE_FOLDERS, MISSING_IMAGE)
+        self._depths = _Folders(depths, self._lines.path.parent, DEPTH_FOLDERS, MISSING_DEPTH_MAP)
+        self._labels = _Labels(self._lines, self._schema, self._images.places, self._depths.places, depth_kind)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Example:
+        """One row's image and labels; raises as `Source` says."""
+        line = self._rows[index]
+        row, name = self._lines[line], self._lines.name(line)
+        try:
+            self._check(row, name)
+            labelled = self._labels[line]
+        except BadRow:
+            raise
+        except CameraError as error:
+            raise BadRow(name, UNUSABLE_CAMERA, str(error)) from error
+        except (DatasetError, OSError, Image.DecompressionBombError) as error:
+            raise BadRow(name, _cause(error), str(error).removeprefix(f"{name}: ")) from error
+        except (TypeError, ValueError, KeyError, OverflowError) as error:
+            raise BadRow(name, MALFORMED, f"a value has the wrong type or shape ({error})") from error
+        near_m, far_m = self._range_m
+        kept = (labelled.depth_m >= near_m) & (labelled.depth_m <= far_m)
+        if not kept.any():
+            raise BadRow(name, NO_LABELS, f"none of {len(kept)} labels lies within {near_m:g} to {far_m:g} m")
+        return Example(name, (labelled.image,), (labelled.camera,), labelled.pixels[kept], labelled.depth_m[kept])
+
+    def _check(self, row: dict, name: str) -> None:
+        self._images.check(row["image"], name)
+        if self._schema == "depthvlm":
+            for key in ("depth_path", "mask_valid_path", "mask_transp_path"):
+                if row.get(key):
+                    self._depths.check(row[key], name)
+            if float(row["original_fx"]) == 0:
+                raise BadRow(name, ZERO_FOCAL, "original_fx is 0")
+            return
+        intrinsics = row["intrinsics"]
+        if 0 in intrinsics[:2]:
+            raise BadRow(name, ZERO_FOCAL, f"the focal lengths are {intrinsics[:2]}")
+        _check_labels(row["pixel_coords"], row["depth"], intrinsics[4:6], name)
+
+
+class DialogueSource:
+    """Questions with answers in words: `{"image": ..., "dialogue": [[question, answer], ...]}`.
+
+    A pair of images has `"images": [..., ...]` instead. `"intrinsics"` may give [fx, fy, cx, cy, width, height] of the
+    image, or a list of those for a pair.
+
+    Args:
+        path: the .jsonl file.
+        images: folder of the images; by default the file's own folder or its `rgb`/`images`.
+        part: which rows, as shares of the file.
+
+    Raises:
+        DatasetError: no such file, or it is empty.
+        ConfigError: a part without rows.
+    """
+
+    def __init__(
+        self, path: str | Path, *, images: str | Path | None = None, part: tuple[float, float] = (0.0, 1.0)
+    ) -> None:
+        self._lines = JsonLines(path)
+        self.name = str(path)
+        self._rows = _part(len(self._lines), part, self.name)
+        self._images = _Folders(images, self._lines.path.parent, IMAGE_FOLDERS, MISSING_IMAGE)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Example:
+        """One row's images and pairs; raises as `Source` says."""
+        line = self._rows[index]
+        row, name = self._lines[line], self._lines.name(line)
+        try:
+            paths = [self._images.check(file, name) for file in row.get("images", None) or [row["image"]]]
+            images = tuple(read_photograph(path) for path in paths)
+            cameras = _cameras(row.get("intrinsics"), images)
+            dialogue = tuple((str(question), str(answer)) for question, answer in row["dialogue"])
+        except ImageError as error:
+            raise BadRow(name, TRUNCATED_IMAGE, str(error)) from error
+        except CameraError as error:
+            raise BadRow(name, UNUSABLE_CAMERA, str(error)) from error
+        except (TypeError, ValueError, KeyError, OverflowError) as error:
+            raise BadRow(name, MALFORMED, f"a value is missing or has the wrong type or shape ({error})") from error
+        if not dialogue:
+            raise BadRow(name, NO_LABELS, "the dialogue is empty")
+        return Example(name, images, cameras, np.zeros((0, 2), np.float32), np.zeros(0, np.float32), dialogue)
+
+
+class SceneSource:
+    """Rendered scenes, the same for the same seed, split and index whoever renders them.
+
+    Args:
+        seed: of all scenes.
+        split: "train" or "held_out"; scenes of one are never those of the other.
+        count: how many.
+        cameras: one of them looks at each scene.
+        points: how many pixels of each image are labelled; None for all that show a surface.
+        supersample: rays a pixel side for colour.
+    """
+
+    def __init__(
+        self,
+        seed: int,
+        split: str,
+        count: int,
+        cameras: Sequence[Camera],
+        points: int | None = None,
+        supersample: int = 1,
+    ) -> None:
+        if split not in SPLITS:
+            raise ConfigError(unknown_choice("split", split, SPLITS))
+        if count < 1 or not cameras:
+            raise ConfigError(f"{count} scenes with {len(cameras)} cameras; give at least one of each")
+        self.name = f"scenes of seed {seed}, {split}"
+        self._key = (seed, SPLITS.index(split))
+        self._count, self._cameras, self._points = count, tuple(cameras), points
+        self._supersample = supersample
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> Example:
+        """Renders one scene; raises as `Source` says."""
+        if not 0 <= index < self._count:
+            raise IndexError(index)
+        name = f"{self.name}:{index + 1}"
+        rng = np.random.default_rng([*self._key, index])
+        scene = random_scene(rng)
+        pose = random_pose(rng, scene)
+        camera = self._cameras[rng.integers(len(self._cameras))]
+        image, depth = render(scene, camera, pose, self._supersample)
+        rows, columns = np.nonzero(np.isfinite(depth))
+        if len(rows) == 0:
+            raise BadRow(name, NO_LABELS, "nothing but sky is seen")
+        if self._points is not None:
+            chosen = np.sort(rng.permutation(len(rows))[: self._points])
+            rows, columns = rows[chosen], columns[chosen]
+        pixels = np.stack([columns, rows], axis=1).astype(np.float32)
+        return Example(name, (image,), (camera,), pixels, depth[rows, columns])
+
+
+class _Labels(LabelledImages):
+    """`LabelledImages` over rows that are read when asked for; the class itself holds the whole file in memory."""
+
+    def __init__(self, lines: JsonLines, schema: str, images: list[Path], depths: list[Path], depth_kind: str) -> None:
+        self.path, self.schema = lines.path, schema
+        self._rows, self._images, self._depths, self._depth_kind = lines, images, depths, depth_kind
+
+
+class _Folders:
+    """Where the files that rows name may lie, and nowhere else."""
+
+    def __init__(self, given: str | Path | None, beside: Path, usual: Sequence[str], missing: str) -> None:
+        self._root = Path(given) if given else beside
+        self.places = [self._root] if given else [beside / name for name in usual]
+        self._missing = missing
+
+    def check(self, file: str, name: str) -> Path:
+        """The path of a file that a row names.
+
+        Raises:
+            BadRow: it isn't there, or lies outside the folder. Links inside the folder are the owner's own affair.
+        """
+        inside = file.lstrip("/")
+        if os.path.isabs(file) and Path(file).is_file():
+            if not _is_below(Path(file), self._root):
+                raise BadRow(name, ESCAPES, f"{file!r} lies outside {self._root}")
+            return Path(file)
+        if os.path.normpath(inside).split(os.sep)[0] == os.pardir:
+            raise BadRow(name, ESCAPES, f"{file!r} leads out of {self._root}")
+        for place in self.places:
+            if (place / inside).is_file():
+                return place / inside
+        raise BadRow(name, self._missing, f"file {file!r} was not found in {', '.join(map(str, self.places))}")
+
+
+def _is_below(file: Path, folder: Path) -> bool:
+    return Path(os.path.abspath(file)).is_relative_to(os.path.abspath(folder))
+
+
+def _part(rows: int, part: tuple[float, float], name: str) -> range:
+    first, end = (int(rows * share) for share in part)
+    if not 0 <= first < end <= rows:
+        raise ConfigError(f"part {part} of the {rows} rows of {name} holds none; give two shares between 0 and 1")
+    return range(first, end)
+
+
+def _schema(lines: JsonLines) -> str:
+    """Whose schema it is, from the keys of the first row that is one."""
+    for index in range(len(lines)):
+        try:
+            row = lines[index]
+        except BadRow:
+            continue
+        if "depth_path" in row or "original_fx" in row:
+            return "depthvlm"
+        if "intrinsics" in row:
+            return "depthlm"
+        raise DatasetError(f"{lines.name(index)} has the keys {sorted(row)}, neither DepthLM's nor DepthVLM's")
+    raise DatasetError(f"{lines.path} holds no JSON object; each line is one")
+
+
+def _check_labels(points: list, depths: list, size: list, name: str) -> None:
+    pixels, depth_m = np.asarray(points, np.float64).reshape(-1, 2), np.asarray(depths, np.float64).reshape(-1)
+    outside = ~((pixels > -0.5) & (pixels < np.asarray(size, np.float64) - 0.5)).all(axis=1)
+    if outside.any():
+        raise BadRow(name, POINT_OUTSIDE, f"point {pixels[outside][0].tolist()} is outside the image of size {size}")
+    if not np.isfinite(depth_m).all():
+        raise BadRow(name, NON_FINITE_DEPTH, f"a depth is {depth_m[~np.isfinite(depth_m)][0]}")
+    if (depth_m <= 0).any():
+        raise BadRow(name, NON_POSITIVE_DEPTH, f"a depth is {depth_m[depth_m <= 0][0]:g} m")
+    if len(depth_m) == 0:
+        raise BadRow(name, NO_LABELS, "no point has a depth")
+
+
+def _cause(error: Exception) -> str:
+    if isinstance(error.__cause__, ImageError):
+        return TRUNCATED_IMAGE
+    unreadable = (OSError, Image.DecompressionBombError)
+    return TRUNCATED_DEPTH_MAP if isinstance(error.__cause__ or error, unreadable) else MALFORMED
+
+
+def _cameras(intrinsics: list | None, images: tuple[np.ndarray, ...]) -> tuple[Camera | None, ...]:
+    if intrinsics is None:
+        return (None,) * len(images)
+    each = intrinsics if isinstance(intrinsics[0], list) else [intrinsics]
+    cameras = tuple(Camera(*values) for values in each)
+    sizes = [(camera.height, camera.width) for camera in cameras]
+    if sizes != [image.shape[:2] for image in images]:
+        raise CameraError(f"intrinsics are for (height, width) {sizes}, the images {[i.shape[:2] for i in images]}")
+    return cameras
