@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 from array import array
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from depthlm_ros.errors import ConfigError, DatasetError
@@ -171,3 +172,52 @@ class JsonLines:
     def name(self, index: int) -> str:
         """File and line, as messages name a row."""
         return f"{self.path}:{index + 1}"
+
+
+class Folders:
+    """Where the files that rows name may lie, and nowhere else.
+
+    Args:
+        given: the folder, where one was named.
+        beside: else this one,
+        usual: or these within it.
+        missing: the cause of a row whose file isn't there.
+    """
+
+    def __init__(self, given: str | Path | None, beside: Path, usual: Sequence[str], missing: str) -> None:
+        self._root = Path(given) if given else beside
+        self.places = [self._root] if given else [beside / name for name in usual]
+        self._missing = missing
+
+    def find(self, file: str, row: str) -> Path:
+        """The path of a file that a row names.
+
+        Links inside the folder are the owner's own and are followed.
+
+        Raises:
+            BadRow: it isn't there, or not below the folder.
+        """
+        if os.path.isabs(file) and Path(file).is_file():
+            if not Path(os.path.abspath(file)).is_relative_to(os.path.abspath(self._root)):
+                raise BadRow(row, ESCAPES, f"{file!r} lies outside {self._root}")
+            return Path(file)
+        # A slash in front of a name means the folder all the same, as DepthLM's readers take it.
+        inside = os.path.normpath(file.lstrip("/"))
+        if inside.split(os.sep)[0] == os.pardir:
+            raise BadRow(row, ESCAPES, f"{file!r} leads out of {self._root}")
+        for place in self.places:
+            if (place / inside).is_file():
+                return place / inside
+        raise BadRow(row, self._missing, f"file {file!r} was not found in {', '.join(map(str, self.places))}")
+
+
+def part_of(rows: int, part: Sequence[float], name: str) -> range:
+    """The rows of a part given as two shares of a file.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    first, end = (int(rows * share) for share in part)
+    if not 0 <= first < end <= rows:
+        raise ConfigError(f"part {part} of the {rows} rows of {name} holds none; give two shares between 0 and 1")
+    return range(first, end)

@@ -9,8 +9,6 @@
 
 from __future__ import annotations
 
-import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,12 +20,13 @@ from PIL import Image
 from depthlm_ros.camera import Camera
 from depthlm_ros.datasets import DEPTH_FOLDERS, IMAGE_FOLDERS, LabelledImage, LabelledImages
 from depthlm_ros.depth import DEPTH_KINDS
-from depthlm_ros.errors import CameraError, ConfigError, DatasetError, ImageError, unknown_choice
+from depthlm_ros.errors import CameraError, ConfigError, DatasetError, ImageError, PixelError, unknown_choice
 from depthlm_ros.photographs import read_photograph
+from depthlm_training.dialogue_rows import cameras_of, dialogue_of, has_zero_focal, image_files
+from depthlm_training.labels import range_m as as_range_m
 from depthlm_training.raycast import render
 from depthlm_training.rows import (
     CAUSES,
-    ESCAPES,
     MALFORMED,
     MISSING_DEPTH_MAP,
     MISSING_IMAGE,
@@ -41,7 +40,9 @@ from depthlm_training.rows import (
     ZERO_FOCAL,
     BadRow,
     BadRows,
+    Folders,
     JsonLines,
+    part_of,
 )
 from depthlm_training.scenes import random_pose, random_scene
 
@@ -57,6 +58,8 @@ __all__ = [
 ]
 
 SPLITS = ("train", "held_out")
+# What reading a row with wrong values in it ends in.
+_WRONG = (TypeError, ValueError, KeyError, IndexError, AttributeError, OverflowError)
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,11 +114,11 @@ class LabelledSource:
         images: folder of the images; by default the file's own folder or its `rgb`/`images`.
         depths: folder of the depth maps; by default the file's own folder or its `depth`/`depths`.
         part: which rows, as shares of the file; DepthLM trains on (0, 0.98) of ScanNet++ and evaluates on the rest.
-        range_m: labels nearer or farther than this are left out.
+        range_m: labels nearer or farther than these two are left out; or the name of one of DepthVLM's data sets.
 
     Raises:
         DatasetError: no such file, or rows of neither schema.
-        ConfigError: an unknown depth kind, a part without rows.
+        ConfigError: an unknown depth kind or range, a part without rows.
     """
 
     def __init__(
@@ -126,17 +129,17 @@ class LabelledSource:
         images: str | Path | None = None,
         depths: str | Path | None = None,
         part: tuple[float, float] = (0.0, 1.0),
-        range_m: tuple[float, float] = (0.0, math.inf),
+        range_m: str | Sequence[float] | None = None,
     ) -> None:
         if depth_kind not in DEPTH_KINDS:
             raise ConfigError(unknown_choice("depth kind", depth_kind, DEPTH_KINDS))
         self._lines = JsonLines(path)
         self.name = str(path)
-        self._rows = _part(len(self._lines), part, self.name)
-        self._range_m = range_m
+        self._rows = part_of(len(self._lines), part, self.name)
+        self._range_m = as_range_m(range_m)
         self._schema = _schema(self._lines)
-        self._images = _Folders(images, self._lines.path.parent, IMAGE_FOLDERS, MISSING_IMAGE)
-        self._depths = _Folders(depths, self._lines.path.parent, DEPTH_FOLDERS, MISSING_DEPTH_MAP)
+        self._images = Folders(images, self._lines.path.parent, IMAGE_FOLDERS, MISSING_IMAGE)
+        self._depths = Folders(depths, self._lines.path.parent, DEPTH_FOLDERS, MISSING_DEPTH_MAP)
         self._labels = _Labels(self._lines, self._schema, self._images.places, self._depths.places, depth_kind)
 
     def __len__(self) -> int:
@@ -155,7 +158,7 @@ class LabelledSource:
             raise BadRow(name, UNUSABLE_CAMERA, str(error)) from error
         except (DatasetError, OSError, Image.DecompressionBombError) as error:
             raise BadRow(name, _cause(error), str(error).removeprefix(f"{name}: ")) from error
-        except (TypeError, ValueError, KeyError, OverflowError) as error:
+        except _WRONG as error:
             raise BadRow(name, MALFORMED, f"a value has the wrong type or shape ({error})") from error
         near_m, far_m = self._range_m
         kept = (labelled.depth_m >= near_m) & (labelled.depth_m <= far_m)
@@ -164,11 +167,11 @@ class LabelledSource:
         return Example(name, (labelled.image,), (labelled.camera,), labelled.pixels[kept], labelled.depth_m[kept])
 
     def _check(self, row: dict, name: str) -> None:
-        self._images.check(row["image"], name)
+        self._images.find(row["image"], name)
         if self._schema == "depthvlm":
             for key in ("depth_path", "mask_valid_path", "mask_transp_path"):
                 if row.get(key):
-                    self._depths.check(row[key], name)
+                    self._depths.find(row[key], name)
             if float(row["original_fx"]) == 0:
                 raise BadRow(name, ZERO_FOCAL, "original_fx is 0")
             return
@@ -179,10 +182,13 @@ class LabelledSource:
 
 
 class DialogueSource:
-    """Questions with answers in words: `{"image": ..., "dialogue": [[question, answer], ...]}`.
+    """Questions with answers in words about an image or a pair.
 
-    A pair of images has `"images": [..., ...]` instead. `"intrinsics"` may give [fx, fy, cx, cy, width, height] of the
-    image, or a list of those for a pair.
+        {"image": "a.png", "dialogue": [["How many chairs are there?", "Four."]]}
+        {"images": ["a.png", "b.png"], "intrinsics": [[fx, fy, cx, cy, width, height], [...]], "dialogue": [...]}
+
+    Intrinsics may be left out. Rows of VLM3's object, correspondence and pose files are understood too, one a line
+    (`jq -c . pose_labels.json` makes one of a file).
 
     Args:
         path: the .jsonl file.
@@ -199,8 +205,8 @@ class DialogueSource:
     ) -> None:
         self._lines = JsonLines(path)
         self.name = str(path)
-        self._rows = _part(len(self._lines), part, self.name)
-        self._images = _Folders(images, self._lines.path.parent, IMAGE_FOLDERS, MISSING_IMAGE)
+        self._rows = part_of(len(self._lines), part, self.name)
+        self._images = Folders(images, self._lines.path.parent, IMAGE_FOLDERS, MISSING_IMAGE)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -210,15 +216,14 @@ class DialogueSource:
         line = self._rows[index]
         row, name = self._lines[line], self._lines.name(line)
         try:
-            paths = [self._images.check(file, name) for file in row.get("images", None) or [row["image"]]]
-            images = tuple(read_photograph(path) for path in paths)
-            cameras = _cameras(row.get("intrinsics"), images)
-            dialogue = tuple((str(question), str(answer)) for question, answer in row["dialogue"])
+            images = tuple(read_photograph(self._images.find(file, name)) for file in image_files(row))
+            cameras = cameras_of(row, images)
+            dialogue = dialogue_of(row)
         except ImageError as error:
             raise BadRow(name, TRUNCATED_IMAGE, str(error)) from error
         except CameraError as error:
-            raise BadRow(name, UNUSABLE_CAMERA, str(error)) from error
-        except (TypeError, ValueError, KeyError, OverflowError) as error:
+            raise BadRow(name, ZERO_FOCAL if has_zero_focal(row) else UNUSABLE_CAMERA, str(error)) from error
+        except (*_WRONG, PixelError) as error:
             raise BadRow(name, MALFORMED, f"a value is missing or has the wrong type or shape ({error})") from error
         if not dialogue:
             raise BadRow(name, NO_LABELS, "the dialogue is empty")
@@ -286,44 +291,6 @@ class _Labels(LabelledImages):
         self._rows, self._images, self._depths, self._depth_kind = lines, images, depths, depth_kind
 
 
-class _Folders:
-    """Where the files that rows name may lie, and nowhere else."""
-
-    def __init__(self, given: str | Path | None, beside: Path, usual: Sequence[str], missing: str) -> None:
-        self._root = Path(given) if given else beside
-        self.places = [self._root] if given else [beside / name for name in usual]
-        self._missing = missing
-
-    def check(self, file: str, name: str) -> Path:
-        """The path of a file that a row names.
-
-        Raises:
-            BadRow: it isn't there, or lies outside the folder. Links inside the folder are the owner's own affair.
-        """
-        inside = file.lstrip("/")
-        if os.path.isabs(file) and Path(file).is_file():
-            if not _is_below(Path(file), self._root):
-                raise BadRow(name, ESCAPES, f"{file!r} lies outside {self._root}")
-            return Path(file)
-        if os.path.normpath(inside).split(os.sep)[0] == os.pardir:
-            raise BadRow(name, ESCAPES, f"{file!r} leads out of {self._root}")
-        for place in self.places:
-            if (place / inside).is_file():
-                return place / inside
-        raise BadRow(name, self._missing, f"file {file!r} was not found in {', '.join(map(str, self.places))}")
-
-
-def _is_below(file: Path, folder: Path) -> bool:
-    return Path(os.path.abspath(file)).is_relative_to(os.path.abspath(folder))
-
-
-def _part(rows: int, part: tuple[float, float], name: str) -> range:
-    first, end = (int(rows * share) for share in part)
-    if not 0 <= first < end <= rows:
-        raise ConfigError(f"part {part} of the {rows} rows of {name} holds none; give two shares between 0 and 1")
-    return range(first, end)
-
-
 def _schema(lines: JsonLines) -> str:
     """Whose schema it is, from the keys of the first row that is one."""
     for index in range(len(lines)):
@@ -357,14 +324,3 @@ def _cause(error: Exception) -> str:
         return TRUNCATED_IMAGE
     unreadable = (OSError, Image.DecompressionBombError)
     return TRUNCATED_DEPTH_MAP if isinstance(error.__cause__ or error, unreadable) else MALFORMED
-
-
-def _cameras(intrinsics: list | None, images: tuple[np.ndarray, ...]) -> tuple[Camera | None, ...]:
-    if intrinsics is None:
-        return (None,) * len(images)
-    each = intrinsics if isinstance(intrinsics[0], list) else [intrinsics]
-    cameras = tuple(Camera(*values) for values in each)
-    sizes = [(camera.height, camera.width) for camera in cameras]
-    if sizes != [image.shape[:2] for image in images]:
-        raise CameraError(f"intrinsics are for (height, width) {sizes}, the images {[i.shape[:2] for i in images]}")
-    return cameras
