@@ -69,5 +69,9 @@ class DatasetError(DepthLMError):
     """A labels file or one of its rows that can't be used."""
 
 
+class TrainingError(DepthLMError):
+    """A training that can't go on; the message names the last good checkpoint."""
+
+
 class MissingDependencyError(DepthLMError):
     """An optional package that isn't installed; the message holds the line that installs it."""

@@ -40,7 +40,7 @@ class TrainSettings:
         parallel: none for one process. Under torchrun: ddp, every process has the whole model; fsdp2, weights,
             gradients and moments are sharded over all; hybrid, sharded over a host's processes, the same on each host.
         log_every: steps between rows of the course.
-        bad_rows: share of the rows drawn that may be bad before the run ends.
+        bad_rows: rows that may be bad before the run ends: below 1 a share of all rows, else a number.
 
     Raises:
         ConfigError: a value out of range.
@@ -67,11 +67,10 @@ class TrainSettings:
     def __post_init__(self) -> None:
         for name in ("steps", "micro_batches", "checkpoint_every", "keep", "log_every"):
             _at_least(name, getattr(self, name), 1)
-        for name in ("lr", "clip", "weight_decay", "workers", "seed"):
+        for name in ("lr", "clip", "weight_decay", "workers", "seed", "bad_rows"):
             _at_least(name, getattr(self, name), 0)
-        for name in ("warmup", "bad_rows"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; give a share from 0 to 1")
+        if not 0 <= self.warmup <= 1:
+            raise ConfigError(f"warmup is {self.warmup}; give a share from 0 to 1")
 
 
 def _at_least(name: str, value: float, least: float) -> None:
