@@ -11,7 +11,7 @@ import io
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -36,6 +36,7 @@ TRUTH_TOPIC = "/camera/depth/ground_truth"
 IMAGE_TYPE = "sensor_msgs/msg/Image"
 COMPRESSED_TYPE = "sensor_msgs/msg/CompressedImage"
 INFO_TYPE = "sensor_msgs/msg/CameraInfo"
+CLOUD_TYPE = "sensor_msgs/msg/PointCloud2"
 # 14 November 2023, a fixed start so that the same command writes the same bytes.
 START_NS = 1_700_000_000 * 10**9
 _MATCH_NS = 5_000_000
@@ -115,7 +116,7 @@ def write_bag(
         raise BagError(f"{path} exists already; delete it or name another folder")
     if not 1 <= depth_bits <= 23:
         raise BagError(f"depth_bits is {depth_bits}; a float32 mantissa has 1 to 23 bits")
-    encode = _image_encoder(compression)
+    encode = None if compression is None else image_encoder(compression)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as scratch:
         unfinished = Path(scratch) / path.name
@@ -126,22 +127,25 @@ def write_bag(
     return bag_info(path)
 
 
-def bag_info(path: str | Path, image_topic: str | None = None) -> BagInfo:
-    """Says what a recording holds and which of its topics would be read.
+def bag_info(path: str | Path, image_topic: str | None = None, depth_topic: str | None = None) -> BagInfo:
+    """Says what a recording holds and which of its topics `read_frames` would read.
 
     Raises:
-        BagError: it is missing or can't be read.
+        BagError: it is missing, can't be read, or lacks a topic that was named.
     """
-    with _opened(Path(path)) as reader:
-        return _describe(Path(path), reader, image_topic)
+    with opened(Path(path)) as reader:
+        return _describe(Path(path), reader, image_topic, depth_topic)
 
 
-def read_frames(path: str | Path, image_topic: str | None = None) -> Iterator[RecordedFrame]:
+def read_frames(
+    path: str | Path, image_topic: str | None = None, depth_topic: str | None = None
+) -> Iterator[RecordedFrame]:
     """Reads a recording's images with their camera and, where recorded, their ground truth.
 
     Args:
         path: a rosbag2 folder, or an .mcap or .db3 file.
         image_topic: which image topic; by default the first colour one that has a CameraInfo beside it.
+        depth_topic: depth images to take for ground truth; by default those of `TRUTH_TOPIC`.
 
     Yields:
         One `RecordedFrame` for each image message, in recorded order.
@@ -150,8 +154,8 @@ def read_frames(path: str | Path, image_topic: str | None = None) -> Iterator[Re
         BagError: the recording is missing, corrupt, or lacks images or CameraInfo.
     """
     path = Path(path)
-    with _opened(path) as reader:
-        info = _describe(path, reader, image_topic)
+    with opened(path) as reader:
+        info = _describe(path, reader, image_topic, depth_topic)
         _require_topics(info)
         yield from _assembled(path, reader, info)
 
@@ -207,10 +211,12 @@ def _write_frames(path: Path, frames: Iterable[RecordedFrame], encode, depth_bit
     return written
 
 
-def _image_encoder(compression: str | None):
-    """A pair (name, function from (H, W, 3) uint8 RGB to bytes), or None for raw images."""
-    if compression is None:
-        return None
+def image_encoder(compression: str) -> tuple[str, Callable[[np.ndarray], bytes]]:
+    """A pair (name, function from (H, W, 3) uint8 RGB to bytes) for "png", "jpeg" or "jpeg:QUALITY".
+
+    Raises:
+        BagError: another format, or a quality out of range.
+    """
     name, _, quality = compression.partition(":")
     if name == "png" and not quality:
         return name, lambda image: _pil_bytes(image, "PNG")
@@ -275,7 +281,12 @@ def _reading_errors() -> tuple[type[Exception], ...]:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[AnyReader]:
+def opened(path: Path) -> Iterator[AnyReader]:
+    """A recording's reader.
+
+    Raises:
+        BagError: it is missing, truncated or damaged.
+    """
     if not path.exists():
         raise BagError(f"recording {path} does not exist; give a rosbag2 folder, or an .mcap or .db3 file")
     if path.is_dir() and not (path / "metadata.yaml").exists():
@@ -301,8 +312,12 @@ def _damage(path: Path, error: Exception) -> str:
     )
 
 
-def _messages(path: Path, reader: AnyReader, connections: list[Connection]) -> Iterator[tuple[str, bytes, object]]:
-    """(topic, CDR bytes, message) of each recorded message."""
+def messages(path: Path, reader: AnyReader, connections: list[Connection]) -> Iterator[tuple[str, bytes, object]]:
+    """(topic, CDR bytes, message) of each recorded message.
+
+    Raises:
+        BagError: the bytes aren't what the recording's index says.
+    """
     stream = reader.messages(connections=connections)
     while True:
         try:
@@ -315,7 +330,7 @@ def _messages(path: Path, reader: AnyReader, connections: list[Connection]) -> I
         yield connection.topic, bytes(raw), message
 
 
-def _describe(path: Path, reader: AnyReader, image_topic: str | None) -> BagInfo:
+def _describe(path: Path, reader: AnyReader, image_topic: str | None, depth_topic: str | None = None) -> BagInfo:
     counts: Counter[tuple[str, str]] = Counter()
     for connection in reader.connections:
         counts[connection.topic, connection.msgtype] += connection.msgcount
@@ -323,7 +338,9 @@ def _describe(path: Path, reader: AnyReader, image_topic: str | None) -> BagInfo
     kinds = {name: kind for name, kind, number in topics if number}
     if image_topic is not None and kinds.get(image_topic) not in (IMAGE_TYPE, COMPRESSED_TYPE):
         raise BagError(f"{path} has no images on {image_topic!r}; its topics are {', '.join(kinds) or 'none'}")
-    truth_topic = TRUTH_TOPIC if kinds.get(TRUTH_TOPIC) == IMAGE_TYPE else None
+    if depth_topic is not None and kinds.get(depth_topic) != IMAGE_TYPE:
+        raise BagError(f"{path} has no depth images on {depth_topic!r}; its topics are {', '.join(kinds) or 'none'}")
+    truth_topic = depth_topic or (TRUTH_TOPIC if kinds.get(TRUTH_TOPIC) == IMAGE_TYPE else None)
     pairs = [(name, info) for name in _image_candidates(kinds) if (info := sibling_info(name)) in kinds]
     if image_topic is not None:
         chosen, info_topic = image_topic, sibling_info(image_topic)
@@ -384,7 +401,7 @@ def _assembled(path: Path, reader: AnyReader, info: BagInfo) -> Iterator[Recorde
     infos: dict[int, tuple[bytes, object]] = {}
     truths: dict[int, object] = {}
     waiting: list[tuple[int, bytes, object]] = []
-    for topic, raw, message in _messages(path, reader, connections):
+    for topic, raw, message in messages(path, reader, connections):
         stamp_ns = message.header.stamp.sec * 10**9 + message.header.stamp.nanosec
         if topic == info.info_topic:
             infos[stamp_ns] = raw, message

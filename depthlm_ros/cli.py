@@ -9,15 +9,15 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from depthlm_ros import cli_tasks, config
+from depthlm_ros import cli_bag, cli_tasks, config
 from depthlm_ros.bench import command as bench
 from depthlm_ros.cli_inputs import (
     add_answer_kind_argument,
     add_camera_arguments,
+    add_reader_arguments,
     camera_of,
-    focal_px,
 )
-from depthlm_ros.errors import ConfigError, DatasetError, DepthLMError, ImageError, MissingDependencyError
+from depthlm_ros.errors import ConfigError, DatasetError, DepthLMError, ImageError
 from depthlm_ros.protocols import PROTOCOLS, PUBLISHED_SAMPLES
 
 MODEL_SETTINGS = ("model", "commercial_use", "dialect", "policy", "device", "dtype", "batch_size")
@@ -64,11 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_evaluate(commands)
     cli_tasks.add_commands(commands)
     bench.add_command(commands)
-    bag = commands.add_parser("bag", help="make and inspect recordings (rosbag2)")
-    bag_commands = bag.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    _add_render(bag_commands)
-    _add_from_images(bag_commands)
-    _add_info(bag_commands)
+    cli_bag.add_commands(commands)
     return parser
 
 
@@ -285,7 +281,7 @@ def _add_evaluate(commands) -> None:
         help="only the first questions of the protocol (depthvlm_bench: images), 0 for all; default: as published, "
         f"{PUBLISHED_SAMPLES} questions or all images",
     )
-    _add_reader_options(parser)
+    add_reader_arguments(parser)
     _add_model(parser, (*MODEL_SETTINGS, "points", "points_per_question", *ANSWER_SETTINGS))
     between = parser.add_argument_group(
         "depth between points", "scored beside the asked points, not with them; points are then placed by --sampling"
@@ -356,159 +352,6 @@ def _check_protocol(arguments: argparse.Namespace) -> None:
     if arguments.source.suffix != ".jsonl":
         raise DatasetError(f"--protocol needs a labels file (.jsonl), not {arguments.source}")
     check_protocol(arguments.protocol)
-
-
-def _add_reader_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("labels file")
-    group.add_argument("--images", type=Path, metavar="FOLDER", help="where its images lie; default: beside it")
-    group.add_argument("--depths", type=Path, metavar="FOLDER", help="where its depth maps lie; default: beside it")
-    group.add_argument(
-        "--depth-kind", choices=("z", "euclidean"), default="z", help="what its depths measure (default z)"
-    )
-
-
-# ---------------------------------------------------------------- bag
-
-
-def _add_writer_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--compressed", metavar="FORMAT", help="images as png, jpeg or jpeg:QUALITY; default: raw rgb8")
-    parser.add_argument(
-        "--depth-bits",
-        type=int,
-        default=23,
-        help="mantissa bits kept of the ground truth (default 23, exact; 12 takes a third, error below 1.3e-4)",
-    )
-
-
-def _add_render(commands) -> None:
-    parser = commands.add_parser(
-        "render",
-        help="render a synthetic drive with exact depth",
-        description="Renders a drive through synthetic scenes and records image, camera_info and true depth.",
-    )
-    parser.add_argument("out", type=Path, metavar="OUT", help="the rosbag2 folder to make")
-    parser.add_argument("--seconds", type=float, default=5.0, help="length of the drive (default 5)")
-    parser.add_argument("--fps", type=float, default=5.0, help="images a second (default 5)")
-    parser.add_argument("--seed", type=int, default=0, help="of the scenes and the path (default 0)")
-    parser.add_argument("--width", type=int, default=320, help="pixels (default 320)")
-    parser.add_argument("--height", type=int, default=240, help="pixels (default 240)")
-    parser.add_argument("--fov-deg", type=float, default=70.0, help="horizontal field of view (default 70)")
-    _add_writer_options(parser)
-    parser.set_defaults(run=_render)
-
-
-def _render(arguments: argparse.Namespace) -> int:
-    from depthlm_ros.bags import START_NS, RecordedFrame, write_bag
-    from depthlm_ros.depth import Frame
-    from depthlm_ros.evaluate import progress
-
-    try:
-        from depthlm_training.scenes import render_drive
-    except ModuleNotFoundError as error:
-        raise MissingDependencyError(
-            "rendering needs the package's training part (depthlm_training), which this installation lacks; "
-            "run 'pip install -e .' in a clone of the repository"
-        ) from error
-    count = round(arguments.seconds * arguments.fps)
-    views = render_drive(
-        count,
-        width=arguments.width,
-        height=arguments.height,
-        focal_px=focal_px(arguments.fov_deg, arguments.width),
-        seed=arguments.seed,
-        fps=arguments.fps,
-    )
-
-    def frames() -> Iterator[RecordedFrame]:
-        for index, (image, depth_m, camera) in enumerate(progress(views, count, "render")):
-            yield RecordedFrame(Frame(image, camera, START_NS + round(index / arguments.fps * 1e9)), depth_m)
-
-    command = (
-        f"depthlm bag render OUT --seconds {arguments.seconds:g} --fps {arguments.fps:g} --seed {arguments.seed} "
-        f"--width {arguments.width} --height {arguments.height} --fov-deg {arguments.fov_deg:g} "
-        f"--depth-bits {arguments.depth_bits}"
-    )
-    if arguments.compressed:
-        command += f" --compressed {arguments.compressed}"
-    info = write_bag(
-        arguments.out,
-        frames(),
-        compression=arguments.compressed,
-        depth_bits=arguments.depth_bits,
-        notes={"source": "rendered, not a photograph", "made by": command},
-    )
-    print(_described(info))
-    return 0
-
-
-def _add_from_images(commands) -> None:
-    parser = commands.add_parser(
-        "from-images",
-        help="record labelled photographs",
-        description="Makes a recording of a labels file: DepthLM's jsonl (points with depth, intrinsics) or "
-        "DepthVLM's (depth maps). Which of the two it is, is seen from its keys.",
-    )
-    parser.add_argument("labels", type=Path, metavar="LABELS.jsonl")
-    parser.add_argument("out", type=Path, metavar="OUT", help="the rosbag2 folder to make")
-    parser.add_argument("--fps", type=float, default=2.0, help="images a second (default 2)")
-    _add_reader_options(parser)
-    _add_writer_options(parser)
-    parser.set_defaults(run=_from_images)
-
-
-def _from_images(arguments: argparse.Namespace) -> int:
-    from depthlm_ros.bags import START_NS, RecordedFrame, write_bag
-    from depthlm_ros.datasets import LabelledImages
-    from depthlm_ros.depth import Frame
-    from depthlm_ros.evaluate import progress
-
-    rows = LabelledImages(
-        arguments.labels, images=arguments.images, depths=arguments.depths, depth_kind=arguments.depth_kind
-    )
-    notes: dict[str, None] = {}
-    assumed = {"assumed": "; ".join(rows[0].notes)} if rows[0].notes else {}
-
-    def frames() -> Iterator[RecordedFrame]:
-        for index, row in enumerate(progress(rows, len(rows), "record")):
-            notes.update(dict.fromkeys(row.notes))
-            stamp_ns = START_NS + round(index / arguments.fps * 1e9)
-            yield RecordedFrame(Frame(row.image, row.camera, stamp_ns), row.depth_map())
-
-    info = write_bag(
-        arguments.out,
-        frames(),
-        compression=arguments.compressed,
-        depth_bits=arguments.depth_bits,
-        notes={"source": f"{arguments.labels.name}, {rows.schema} schema", **assumed},
-    )
-    for note in notes:
-        print(f"note: {note}")
-    print(_described(info))
-    return 0
-
-
-def _add_info(commands) -> None:
-    parser = commands.add_parser("info", help="what a recording holds", description="Says what a recording holds.")
-    parser.add_argument("bag", type=Path, metavar="BAG", help="a rosbag2 folder, or an .mcap or .db3 file")
-    parser.set_defaults(run=_info)
-
-
-def _info(arguments: argparse.Namespace) -> int:
-    from depthlm_ros.bags import bag_info, read_frames
-
-    info = bag_info(arguments.bag)
-    print(_described(info))
-    first = next(read_frames(arguments.bag))
-    print(f"camera: {first.frame.camera}, frame {first.frame.frame_id!r}")
-    return 0
-
-
-def _described(info) -> str:
-    lines = [f"{info.path}: {info.size_bytes / 1e6:.1f} MB, {info.duration_s:.1f} s"]
-    lines += [f"  {name}  {kind}  {number} messages" for name, kind, number in info.topics]
-    lines += [f"  {key}: {value}" for key, value in info.notes.items()]
-    lines += [f"  ground truth: {info.truth_topic or 'none, so replay can time but not score it'}"]
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

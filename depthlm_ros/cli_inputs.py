@@ -1,9 +1,10 @@
-"""What several commands take from the command line: a camera, pixels."""
+"""What several commands take from the command line: a camera, pixels, a labels file."""
 
 from __future__ import annotations
 
 import argparse
 import math
+from pathlib import Path
 
 from depthlm_ros.errors import CameraError
 
@@ -79,4 +80,14 @@ def add_answer_kind_argument(group) -> None:
         "--answer-kind",
         choices=("z", "euclidean"),
         help="what the model's answers are taken for: z-depth or Euclidean distance; default: what its card says",
+    )
+
+
+def add_reader_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds `--images --depths --depth-kind`, how a labels file is read."""
+    group = parser.add_argument_group("labels file")
+    group.add_argument("--images", type=Path, metavar="FOLDER", help="where its images lie; default: beside it")
+    group.add_argument("--depths", type=Path, metavar="FOLDER", help="where its depth maps lie; default: beside it")
+    group.add_argument(
+        "--depth-kind", choices=("z", "euclidean"), default="z", help="what its depths measure (default z)"
     )

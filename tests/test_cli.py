@@ -13,7 +13,8 @@ from recordings import drive, picture, small_model, write_depthlm_labels, write_
 
 from depthlm_ros import config
 from depthlm_ros.bags import bag_info, read_frames, write_bag
-from depthlm_ros.cli import build_parser, camera_of, focal_px, main
+from depthlm_ros.cli import build_parser, main
+from depthlm_ros.cli_inputs import camera_of, focal_px
 from depthlm_ros.errors import CameraError
 from depthlm_ros.ply import read_ply
 
