@@ -7,121 +7,182 @@ do the same steps on the same data, and the position in the data is a number.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any
 
 import torch
-from torch import nn
 
-from depthlm_ros.errors import ConfigError
-
-
-@dataclass(frozen=True)
-class TrainSettings:
-    """What every training is run with, whatever it teaches.
-
-    Attributes:
-        steps: optimiser steps of the whole run.
-        micro_batches: micro-batches of a step, over all processes together; a multiple of their number.
-        lr: largest learning rate.
-        schedule: cosine goes down to 0 at the last step, constant stays.
-        warmup: share of the steps over which the rate rises, linearly.
-        clip: largest norm of the gradient; 0 does not clip.
-        weight_decay: AdamW's, on matrices only.
-        betas: AdamW's.
-        dtype: number format of products; weights that are trained, their gradients and AdamW's moments are float32.
-        checkpoint_every: steps between checkpoints; there is always one after the last step.
-        keep: checkpoints that are kept, the newest ones.
-        workers: processes that make micro-batches, for each training process; 0 makes them in the loop.
-        seed: of the order of the data, of its making and of dropout.
-        device: cpu, cuda, or auto: cuda where there is one.
-        parallel: none for one process. Under torchrun: ddp, every process has the whole model; fsdp2, weights,
-            gradients and moments are sharded over all; hybrid, sharded over a host's processes, the same on each host.
-        log_every: steps between rows of the course.
-        bad_rows: rows that may be bad before the run ends: below 1 a share of all rows, else a number.
-
-    Raises:
-        ConfigError: a value out of range.
-    """
-
-    steps: int = 1000
-    micro_batches: int = 1
-    lr: float = 1e-5
-    schedule: Literal["cosine", "constant"] = "cosine"
-    warmup: float = 0.1
-    clip: float = 1.0
-    weight_decay: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.999)
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    checkpoint_every: int = 500
-    keep: int = 2
-    workers: int = 0
-    seed: int = 0
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    parallel: Literal["none", "ddp", "fsdp2", "hybrid"] = "none"
-    log_every: int = 10
-    bad_rows: float = 0.01
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "micro_batches", "checkpoint_every", "keep", "log_every"):
-            _at_least(name, getattr(self, name), 1)
-        for name in ("lr", "clip", "weight_decay", "workers", "seed", "bad_rows"):
-            _at_least(name, getattr(self, name), 0)
-        if not 0 <= self.warmup <= 1:
-            raise ConfigError(f"warmup is {self.warmup}; give a share from 0 to 1")
-
-
-def _at_least(name: str, value: float, least: float) -> None:
-    if not value >= least:
-        raise ConfigError(f"{name} is {value}; give at least {least}")
-
-
-@dataclass(frozen=True)
-class Loss:
-    """What a micro-batch came to.
-
-    Attributes:
-        total: () sum of the loss over the units, float32, with its graph. The step's loss is the sum of `total`
-            divided by the sum of `units`, over all its micro-batches and processes.
-        units: what the loss is a mean over: supervised tokens, or images.
-        parts: for the course: name -> (sum, number it is a mean over), detached.
-        tokens: through the language model, padding left out.
-        images: encoded.
-        waste: share of the rows that is padding.
-        flop: multiplications and additions of a forward and backward pass (`throughput.training_flop`); 0: not counted.
-    """
-
-    total: torch.Tensor
-    units: int
-    parts: Mapping[str, tuple[torch.Tensor, int]] = field(default_factory=dict)
-    tokens: int = 0
-    images: int = 0
-    waste: float = 0.0
-    flop: int = 0
-
-
-class Objective(Protocol):
-    """What is taught: a model, the data and a loss.
-
-    Attributes:
-        model: what is trained; parameters that aren't have `requires_grad` off. Use submodules through their
-            forward (under fsdp2 a weight outside it is a shard), and every one that is trained in each process's step.
-        make: builds micro-batch k on the CPU, often in another process: a pure function of k, picklable, and without
-            the model (a frozen dataclass with `__call__`, say).
-    """
-
-    model: nn.Module
-    make: Callable[[int], Any]
-
-    def loss(self, batch: Any, device: torch.device) -> Loss:
-        """Moves a micro-batch to the device and computes its loss; runs under autocast to `dtype`."""
-
-    def save(self, folder: Path) -> None:
-        """Writes a checkpoint folder that the engine loads."""
+from depthlm_ros.errors import ConfigError, DepthLMError, TrainingError
+from depthlm_training.config import plain
+from depthlm_training.data import Loader
+from depthlm_training.objective import Loss, Objective, TrainSettings
+from depthlm_training.optimizer import adamw, apply, gradient_norm, rate, step_seed
+from depthlm_training.parallel import DTYPES, Network, Processes, joined, passing, spread
+from depthlm_training.progress import Course, Tally
+from depthlm_training.states import Checkpoints, found, tidy
+from depthlm_training.throughput import Meter, Stopwatch, peak_flop
 
 
 def train(objective: Objective, settings: TrainSettings, run: Path, resume: bool = False) -> None:
-    """Trains, or goes on where the last checkpoint in `run` was written."""
-    raise NotImplementedError("being written")
+    """Trains to the last step, writing checkpoints and the course into a folder.
+
+    Args:
+        objective: what is taught.
+        settings: how.
+        run: the folder; on several hosts one that all of them see.
+        resume: go on after the last checkpoint in `run`; where there is none, begin.
+
+    Raises:
+        ConfigError: settings that don't fit the processes, or a run that is there already without `resume`.
+        TrainingError: the loss became NaN, a checkpoint could not be written, a data worker was killed, bad rows
+            without end; the message names the last good checkpoint.
+    """
+    with joined(settings.parallel, settings.device) as processes:
+        if settings.micro_batches % processes.size:
+            raise ConfigError(
+                f"micro_batches is {settings.micro_batches}, which {processes.size} processes can't share; "
+                f"give a multiple of {processes.size}"
+            )
+        if not resume and found(run):
+            raise ConfigError(f"{run} holds {found(run)[-1].name} already; pass --resume, or name another folder")
+        _Training(objective, settings, run, processes).run()
+
+
+class _Training:
+    """A run in one of its processes."""
+
+    def __init__(self, objective: Objective, settings: TrainSettings, run: Path, processes: Processes) -> None:
+        self._objective, self._settings, self._run, self._processes = objective, settings, run, processes
+        self._model = objective.model.train()
+        if not any(weight.requires_grad for weight in self._model.parameters()):
+            raise ConfigError("no part of the model is trained; name at least one")
+        dtype = DTYPES[settings.dtype]
+        network = Network(self._model, objective.loss, dtype)
+        self._network = spread(network, settings.parallel, dtype, processes)
+        self._weights = [weight for weight in self._model.parameters() if weight.requires_grad]
+        self._optimizer = adamw(self._weights, settings)
+        self._checkpoints = Checkpoints(run, settings.keep, processes)
+        self._meter, self._tally = Meter(), Tally()
+        self._peak = 0.0
+        self._done = self._position = 0
+
+    def run(self) -> None:
+        """Does the steps that are left."""
+        try:
+            if self._processes.first:
+                tidy(self._run)
+            self._restore()
+            with Course(self._run, self._settings.steps, self._done, self._processes.first) as course:
+                batches = iter(self._loader())
+                while self._done < self._settings.steps:
+                    measured = self._step(batches)
+                    course.step()
+                    self._note(course, measured)
+                if self._objective.bad_rows:
+                    course.say(f"rows that could not be trained on:\n{self._objective.bad_rows.report()}")
+        except (DepthLMError, OSError, torch.OutOfMemoryError) as error:
+            raise TrainingError(f"step {self._done + 1}: {error}\n{last_good(self._run)}") from error
+
+    def _loader(self) -> Loader:
+        settings, processes = self._settings, self._processes
+        left = (settings.steps - self._done) * settings.micro_batches
+        start, stop = self._position + processes.rank, self._position + left
+        make, bad_rows = self._objective.make, self._objective.bad_rows
+        return Loader(make, settings.workers, start, stop, processes.size, bad_rows=bad_rows)
+
+    def _step(self, batches: Iterator[tuple[int, Any]]) -> dict[str, float]:
+        settings, size = self._settings, self._processes.size
+        torch.manual_seed(step_seed(settings.seed, self._done, self._processes.rank))
+        watch = Stopwatch()
+        losses = [self._pass(batches, i) for i in range(size, settings.micro_batches + 1, size)]
+        tally = Tally.of(losses, self._processes)
+        mean = tally.means()["loss"]
+        norm = gradient_norm(self._weights) * size / tally.units
+        if not math.isfinite(mean) or not math.isfinite(norm):
+            raise TrainingError(
+                f"the loss is {mean} and the norm of the gradient {norm}; lower train.lr, clip harder, or look at "
+                f"micro-batches {self._position} to {self._position + settings.micro_batches - 1}"
+            )
+        clipped = min(1.0, settings.clip / (norm + 1e-6)) if settings.clip else 1.0
+        lr = rate(settings, self._done)
+        apply(self._optimizer, lr, clipped * size / tally.units)
+        self._tally = self._tally + tally
+        self._done, self._position = self._done + 1, self._position + settings.micro_batches
+        self._meter.seconds += watch.lap()
+        return {"lr": lr, "gradient": norm}
+
+    def _pass(self, batches: Iterator[tuple[int, Any]], through: int) -> Loss:
+        """A micro-batch forward and backward; after it, `through` of the step's are done."""
+        watch = Stopwatch()
+        _, batch = next(batches)
+        self._meter.waiting += watch.lap()
+        with passing(self._network, last=through == self._settings.micro_batches):
+            total, loss = self._network(batch, self._processes.device)
+            total.backward()
+        self._meter.add(loss.tokens, loss.images, loss.waste, loss.flop)
+        return replace(loss, total=total.detach())
+
+    def _note(self, course: Course, measured: dict[str, float]) -> None:
+        """Writes a row of the course, and a checkpoint, where they are due."""
+        settings, last = self._settings, self._done == self._settings.steps
+        if self._done % settings.log_every == 0 or last:
+            counts = self._processes.sum(self._meter.counts())
+            if self._meter.flop and not self._peak:
+                self._peak = peak_flop(self._processes.device, DTYPES[settings.dtype])
+            course.row(
+                self._done,
+                {**self._tally.means(), **measured, **Meter.rates(counts, self._processes.size, self._peak)},
+            )
+            self._meter, self._tally = Meter(), Tally()
+        if self._done % settings.checkpoint_every == 0 or last:
+            position = {
+                "step": self._done,
+                "position": self._position,
+                "tally": self._tally.sums,
+                "settings": plain(settings),
+            }
+            self._checkpoints.save(self._model, self._optimizer, self._done, position)
+
+    def _restore(self) -> None:
+        checkpoints = found(self._run)
+        if not checkpoints:
+            return
+        stored = self._checkpoints.load(checkpoints[-1], self._model, self._optimizer)
+        self._done, self._position = stored["step"], stored["position"]
+        self._tally = Tally(stored["tally"])
+        changed = [
+            f"{name} {stored['settings'].get(name)} -> {value}"
+            for name, value in plain(self._settings).items()
+            if stored["settings"].get(name) != value
+        ]
+        if self._processes.first:
+            note = f"; changed since: {', '.join(changed)}" if changed else ""
+            print(f"resuming after {checkpoints[-1]}{note}", file=sys.stderr)
+
+
+def last_good(run: Path) -> str:
+    """Says which checkpoint a run can go on from."""
+    checkpoints = found(run)
+    if not checkpoints:
+        return f"no checkpoint had been written to {run} yet"
+    return f"the last good checkpoint is {checkpoints[-1]}; --resume goes on from there"
+
+
+def loader_rate(objective: Objective, settings: TrainSettings, steps: int) -> float:
+    """Micro-batches a second that one process's loader makes when nobody trains.
+
+    Args:
+        objective: whose `make` is measured.
+        settings: of which the number of workers counts.
+        steps: how many steps' micro-batches are made; the first one, for which workers start, is not timed.
+    """
+    made = iter(Loader(objective.make, settings.workers, 0, steps * settings.micro_batches + 1))
+    next(made)
+    watch = Stopwatch()
+    for _ in made:
+        pass
+    return steps * settings.micro_batches / watch.lap()
