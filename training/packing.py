@@ -239,7 +239,7 @@ def collate(packed: Sequence[Packed], tokens_per_row: int) -> Batch:
         ConfigError: a single pair with its image is longer than a row.
     """
     parts = [part for whole in packed for part in split(whole, tokens_per_row)]
-    rows = _filled_rows([len(part) for part in parts], tokens_per_row)
+    rows = filled_rows([len(part) for part in parts], tokens_per_row)
     length = max(sum(len(parts[i]) for i in row) for row in rows)
 
     def laid(values: Sequence[Sequence[torch.Tensor]], fill: int) -> torch.Tensor:
@@ -286,7 +286,7 @@ def split(packed: Packed, tokens: int) -> list[Packed]:
     return [*parts, packed.some(first, len(pairs))]
 
 
-def _filled_rows(lengths: Sequence[int], most: int) -> list[list[int]]:
+def filled_rows(lengths: Sequence[int], most: int) -> list[list[int]]:
     """Which sequences go into which row: longest first into the emptiest row, with one more row until all fit."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     for count in range(-(-sum(lengths) // most), len(lengths) + 1):
