@@ -10,6 +10,7 @@ import math
 import os
 import pickle
 import signal
+import sys
 import threading
 from bisect import bisect_right
 from collections import deque
@@ -20,6 +21,8 @@ from hashlib import blake2b
 from itertools import accumulate
 from multiprocessing import get_context, parent_process
 from typing import Generic, TypeVar
+
+import cv2
 
 from depthlm_ros.errors import ConfigError, DatasetError
 from depthlm_training.rows import BadRow, BadRows
@@ -187,23 +190,20 @@ class Loader(Generic[T]):
 
 
 class _Worker:
-    """What a worker process works with."""
+    """What a worker process works with: a pickle, until the first item, of `make` and the bad rows it counts in."""
 
+    work: bytes | None
     make: Callable[[int], object]
     bad_rows: BadRows | None
 
 
 def _prepare(work: bytes) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
+    cv2.setNumThreads(1)
     # Ctrl-C is for the process that trains; a worker whose trainer is gone has nobody to work for.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    _Worker.make, _Worker.bad_rows = pickle.loads(work)
-    import cv2
-    import torch
-
-    cv2.setNumThreads(1)
-    torch.set_num_threads(1)
+    _Worker.work = work
 
 
 def _end_with_parent() -> None:
@@ -212,6 +212,13 @@ def _end_with_parent() -> None:
 
 
 def _serve(k: int) -> tuple[object, tuple[tuple[str, str], ...]]:
+    if _Worker.work is not None:
+        # Here, where an error of it is passed on; one in `_prepare` would look like a worker that was killed.
+        _Worker.make, _Worker.bad_rows = pickle.loads(_Worker.work)
+        _Worker.work = None
+        # It reads the variable when it is imported, and may have been already, with the program's main module.
+        if "torch" in sys.modules:
+            sys.modules["torch"].set_num_threads(1)
     item = _Worker.make(k)
     return item, () if _Worker.bad_rows is None else _Worker.bad_rows.take()
 

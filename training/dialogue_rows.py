@@ -10,10 +10,17 @@ from depthlm_ros.errors import CameraError
 
 
 def image_files(row: dict) -> list[str]:
-    """The images a row names, in the order in which they are shown."""
+    """The images a row names, in the order in which they are shown.
+
+    Raises:
+        ValueError: there are none.
+    """
     if "image_1" in row:
         return [row["image_1"], row["image_2"]]
-    return row["images"] if "images" in row else [row["image"]]
+    files = row["images"] if "images" in row else [row["image"]]
+    if not files:
+        raise ValueError("the list of images is empty")
+    return files
 
 
 def dialogue_of(row: dict) -> tuple[tuple[str, str], ...]:

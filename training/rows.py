@@ -197,17 +197,16 @@ class Folders:
         Raises:
             BadRow: it isn't there, or not below the folder.
         """
-        if os.path.isabs(file) and Path(file).is_file():
-            if not Path(os.path.abspath(file)).is_relative_to(os.path.abspath(self._root)):
+        if os.pardir in file.split("/"):
+            raise BadRow(row, ESCAPES, f"{file!r} may lead out of {self._root} by its '..'")
+        if os.path.isabs(file) and os.path.isfile(file):
+            if not Path(file).is_relative_to(os.path.abspath(self._root)):
                 raise BadRow(row, ESCAPES, f"{file!r} lies outside {self._root}")
             return Path(file)
-        # A slash in front of a name means the folder all the same, as DepthLM's readers take it.
-        inside = os.path.normpath(file.lstrip("/"))
-        if inside.split(os.sep)[0] == os.pardir:
-            raise BadRow(row, ESCAPES, f"{file!r} leads out of {self._root}")
         for place in self.places:
-            if (place / inside).is_file():
-                return place / inside
+            # A slash in front of a name means the folder all the same, as DepthLM's readers take it.
+            if os.path.isfile(path := place / file.lstrip("/")):
+                return path
         raise BadRow(row, self._missing, f"file {file!r} was not found in {', '.join(map(str, self.places))}")
 
 

@@ -59,7 +59,7 @@ __all__ = [
 
 SPLITS = ("train", "held_out")
 # What reading a row with wrong values in it ends in.
-_WRONG = (TypeError, ValueError, KeyError, IndexError, AttributeError, OverflowError)
+_WRONG = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
 
 
 @dataclass(frozen=True, eq=False)
