@@ -23,7 +23,7 @@ from PIL import Image
 from recordings import picture, write_depthlm_labels, write_depthvlm_labels
 
 from depthlm_ros.camera import Camera
-from depthlm_ros.errors import ConfigError, DatasetError
+from depthlm_ros.errors import CameraError, ConfigError, DatasetError
 from depthlm_ros.pose import QUESTIONS
 from depthlm_training.data import Loader, Mixture, floor_sum, permuted
 from depthlm_training.mixtures import open_mixture
@@ -529,6 +529,20 @@ def test_a_bad_row_is_replaced_by_another_of_its_source_that_the_counter_decides
         f"{'ab'[source]}:{row}" for source, row in drawn if (source, row % 4) != (0, 0)
     ]
     assert len(mixture.bad_rows) == 10
+
+
+def test_a_row_that_nothing_can_be_made_of_is_bad_too():
+    def make(source: int, example: Example) -> str:
+        row = int(example.name.rpartition(":")[2])
+        if row % 5 == 0:
+            raise BadRow(example.name, "no labels", "all of them are out of sight")
+        if row % 5 == 1:
+            raise CameraError("too wide")
+        return f"{source}:{row}"
+
+    mixture = Mixture([Numbers(20)], seed=2, bad_rows=0.5)
+    assert {mixture.made(k, make) for k in range(200)} == {f"0:{row}" for row in range(20) if row % 5 > 1}
+    assert mixture.bad_rows.counts() == {"no labels": 4, "unusable camera": 4}
 
 
 def test_a_source_of_bad_rows_only_ends_the_run_with_their_list():

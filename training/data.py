@@ -24,8 +24,8 @@ from typing import Generic, TypeVar
 
 import cv2
 
-from depthlm_ros.errors import ConfigError, DatasetError
-from depthlm_training.rows import BadRow, BadRows
+from depthlm_ros.errors import CameraError, ConfigError, DatasetError, ImageError
+from depthlm_training.rows import UNUSABLE_CAMERA, BadRow, BadRows
 from depthlm_training.sources import Example, Source
 
 T = TypeVar("T")
@@ -100,10 +100,24 @@ class Mixture:
         Raises:
             DatasetError: too many rows are bad; the message lists them.
         """
+        return self.made(k, lambda source, example: example)
+
+    def made(self, k: int, make: Callable[[int, Example], T]) -> T:
+        """What `make` makes of the row of draw k and the number of its source.
+
+        A row is bad as well if `make` can do nothing with it: raises `BadRow`, or finds camera or image unusable.
+
+        Raises:
+            DatasetError: too many rows are bad; the message lists them.
+        """
         source, row = self.draw(k)
         for again in range(_TRIES):
             try:
-                return self.sources[source][row]
+                example = self.sources[source][row]
+                try:
+                    return make(source, example)
+                except (CameraError, ImageError) as error:
+                    raise BadRow(example.name, UNUSABLE_CAMERA, str(error)) from error
             except BadRow as bad:
                 self.bad_rows.add(bad.row, bad.cause)
             row = _number(self._seed, "again", k, again) % self._sizes[source]
