@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 import threading
 from dataclasses import replace
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -370,6 +374,23 @@ def test_a_server_that_refuses_is_quoted(server):
         Served("http://127.0.0.1:9", "bench", 1, None).answer(frame)
     with pytest.raises(ConfigError, match="is no URL"):
         Served("localhost:8000", "bench", 1, None)
+
+
+def test_a_server_rests_while_others_are_measured(server):
+    url, _ = server
+    frame = Frame("compact", synthetic_image(16, 16), (compact_question(1, 2),), (), None, 4)
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as polling:
+        state = Path(f"/proc/{polling.pid}/stat")
+        contender = Served(url, "bench", 1, None, (polling.pid,))
+        contender.answer(frame)
+        os.waitpid(polling.pid, os.WUNTRACED)
+        assert state.read_text().rpartition(")")[2].split()[0] == "T"
+        contender.wake()
+        os.waitpid(polling.pid, os.WCONTINUED)
+        assert state.read_text().rpartition(")")[2].split()[0] != "T"
+        polling.kill()
+    with pytest.raises(ConfigError, match="No such process"):
+        contender.answer(frame)
 
 
 def test_texts_are_the_same_where_only_white_space_differs():

@@ -52,6 +52,9 @@ def add_command(commands) -> None:
                      "generate, untimed; 0 for none (default 256)")  # fmt: skip
     who.add_argument("--server", metavar="URL", help="also a server with OpenAI's chat completions")
     who.add_argument("--server-model", metavar="NAME", help="the name that the server knows the model by")
+    who.add_argument(
+        "--server-processes", default="", metavar="IDS", help="its processes here, stopped while others are measured"
+    )
     who.add_argument("--concurrency", default="1,8,32", help="requests to the server at once (default 1,8,32)")
     who.add_argument("--server-points", type=int, default=256, help="points of a round that it answers (default 256)")
     more = parser.add_argument_group("more")
@@ -98,6 +101,7 @@ def check(arguments: argparse.Namespace) -> argparse.Namespace:
     plan.contenders = _names("contender", arguments.contenders, CONTENDERS)
     plan.points = _numbers("points", arguments.points)
     plan.concurrency = _numbers("concurrency", arguments.concurrency)
+    plan.server_processes = _numbers("server-processes", plan.server_processes) if plan.server_processes else ()
     plan.command = shlex.join(["depthlm", "bench", *_given(arguments)])
     for name, least in (
         ("rounds", 0),

@@ -74,7 +74,12 @@ def measure(subject: Subject, plan: argparse.Namespace, said: Callable[[str], No
     entries = make_entries(subject, plan, image)
     stock = Stock(subject)
     references = _references(entries, plan.check, stock, said)
-    measured, answers = run_rounds(entries, plan.rounds, subject.device, said)
+    try:
+        measured, answers = run_rounds(entries, plan.rounds, subject.device, said)
+    finally:
+        for entry in entries:
+            if isinstance(entry.contender, Served):
+                entry.contender.wake()
     results = Results(_header(subject, plan), measured)
     for entry, found, row in zip(entries, answers, measured, strict=True):
         if isinstance(entry.contender, Served):
@@ -114,7 +119,7 @@ def make_entries(subject: Subject, plan: argparse.Namespace, image) -> list[Entr
             who = [c for c in contenders.values() if number == 0 or c.limit is None]
             if plan.server and number == 0:
                 url, name, most = plan.server, plan.server_model, plan.server_points
-                who += [Served(url, name, together, most) for together in plan.concurrency]
+                who += [Served(url, name, together, most, plan.server_processes) for together in plan.concurrency]
             entries += [Entry(contender, frame) for contender in who]
     return entries
 

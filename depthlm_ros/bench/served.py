@@ -10,9 +10,12 @@ import base64
 import http.client
 import io
 import json
+import os
+import signal
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -31,9 +34,13 @@ class Served:
         model: the name that the server knows it by.
         concurrency: requests under way at once.
         limit: most points in a round.
+        processes: of a server on this machine, stopped from the first answer on while it isn't asked: servers that
+            wait by polling take a core from whoever is measured meanwhile. `wake` lets them run again.
     """
 
-    def __init__(self, url: str, model: str, concurrency: int, limit: int | None) -> None:
+    def __init__(
+        self, url: str, model: str, concurrency: int, limit: int | None, processes: Sequence[int] = ()
+    ) -> None:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ConfigError(f"server {url!r} is no URL; give one like http://localhost:8000/v1")
@@ -43,6 +50,7 @@ class Served:
         self.texts: list[str] = []
         self._model = model
         self._concurrency = concurrency
+        self._processes = tuple(processes)
         self._secure = parts.scheme == "https"
         self._host, self._port = parts.hostname, parts.port
         path = parts.path.rstrip("/")
@@ -56,9 +64,28 @@ class Served:
             raise ConfigError("a server has no dense head; leave the dialect dense out for it")
         images = [self._data_url(frame.shown(row)) for row in range(len(frame))]
         bodies = [self._body(image, text, frame.longest) for image, text in zip(images, frame.questions, strict=True)]
-        with ThreadPoolExecutor(self._concurrency) as pool:
+        with self._awake(), ThreadPoolExecutor(self._concurrency) as pool:
             self.texts = list(pool.map(self._ask, bodies))
         return []
+
+    def wake(self) -> None:
+        """Lets the server's processes run."""
+        self._send(signal.SIGCONT)
+
+    @contextmanager
+    def _awake(self) -> Iterator[None]:
+        self.wake()
+        try:
+            yield
+        finally:
+            self._send(signal.SIGSTOP)
+
+    def _send(self, what: signal.Signals) -> None:
+        for process in self._processes:
+            try:
+                os.kill(process, what)
+            except OSError as error:
+                raise ConfigError(f"process {process} of the server: {error.strerror}; name those it has") from error
 
     def _data_url(self, image: np.ndarray) -> str:
         if id(image) not in self._urls:
