@@ -23,7 +23,7 @@ class Settings:
     """What decides the result."""
 
     base: Base = Base()
-    steps: int = 500
+    steps: int = 400
     images: int = 20
     questions: int = 10
     rates: Rates = Rates(muon=2.5e-3, adamw=1e-3)

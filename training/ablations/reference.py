@@ -25,7 +25,7 @@ class Settings:
     """What decides the result."""
 
     base: Base = Base()
-    steps: int = 700
+    steps: int = 500
     images: int = 20
     rates: Rates = Rates(muon=2.5e-3, adamw=1e-3)
 
