@@ -54,7 +54,13 @@ class Packed:
     @property
     def pairs(self) -> int:
         """Questions in it."""
-        return int(self.segment.max()) if len(self) else 0
+        return int(self.segment.max())
+
+    @property
+    def seen(self) -> int:
+        """Places that all tokens see together: the prefix, and of their own pair what stands before them."""
+        prefix, *own = torch.bincount(self.segment).tolist()
+        return prefix * (prefix + 1) // 2 + sum(length * prefix + length * (length + 1) // 2 for length in own)
 
     def some(self, first: int, last: int) -> Packed:
         """The prefix with the pairs from `first` to `last`, both included, counted from 1."""
@@ -80,8 +86,9 @@ class Batch:
         sequence: (R, L) int64, which sequence of its row a token belongs to, `PADDING` for none.
         segment: (R, L) int64 as in `Packed`.
         images: keyword arguments of the model, the images in the order of their placeholders.
-        image_count: how many images these are.
+        grids_hw: (h, w) image tokens of each image.
         pairs: questions with answers.
+        seen: places that all tokens see together, in one layer.
     """
 
     ids: torch.Tensor
@@ -90,13 +97,19 @@ class Batch:
     sequence: torch.Tensor
     segment: torch.Tensor
     images: dict[str, torch.Tensor]
-    image_count: int
+    grids_hw: tuple[tuple[int, int], ...]
     pairs: int
+    seen: int
 
     @property
     def units(self) -> int:
         """Supervised tokens."""
         return int((self.labels != IGNORED).sum())
+
+    @property
+    def image_count(self) -> int:
+        """Images, those that are there twice counted twice."""
+        return len(self.grids_hw)
 
     @property
     def tokens(self) -> int:
@@ -257,8 +270,9 @@ def collate(packed: Sequence[Packed], tokens_per_row: int) -> Batch:
         sequence=laid(numbers, PADDING),
         segment=laid([[part.segment for part in row] for row in in_rows], 0),
         images=_joined_images(images),
-        image_count=sum(image.count for image in images),
+        grids_hw=tuple(image.grid_hw for image in images),
         pairs=sum(part.pairs for part in parts),
+        seen=sum(part.seen for part in parts),
     )
 
 

@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from depthlm_ros.errors import ConfigError, MissingDependencyError, unknown_choice
+from depthlm_training.throughput import FROZEN, FROZEN_FIRST, TRAINED
 
 # The first pattern that fits says whose a weight is.
 _PATTERNS = (
@@ -123,10 +124,14 @@ def merged_weights(model: nn.Module) -> dict[str, torch.Tensor]:
     return merged
 
 
-def share_trained(model: nn.Module) -> float:
-    """Share of the weights that are trained."""
-    sizes = [(weight.numel(), weight.requires_grad) for weight in model.parameters()]
-    return sum(size for size, trained in sizes if trained) / sum(size for size, _ in sizes)
+def passes(model: nn.Module) -> tuple[int, int]:
+    """Passes over the vision tower and over the language model that a step needs (`throughput.training_flop`)."""
+    trained = {part_of(name) for name, weight in _named_weights(model) if weight.requires_grad and _ADDED not in name}
+    adapted = {part_of(name) for name, _ in _named_weights(model) if _ADDED in name}
+    vision = TRAINED if "vision" in trained else FROZEN if "vision" in adapted else FROZEN_FIRST
+    if "language" in trained:
+        return vision, TRAINED
+    return vision, FROZEN if (trained | adapted) - {"lm_head", "depth_head"} else FROZEN_FIRST
 
 
 def _named_weights(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

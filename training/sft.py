@@ -33,9 +33,12 @@ from depthlm_training.config import as_yaml, load
 from depthlm_training.dialogues import DialogueProcessor
 from depthlm_training.folders import save_folder
 from depthlm_training.mixtures import open_mixture
+from depthlm_training.objective import Loss, TrainSettings
 from depthlm_training.packing import IGNORED, PADDING, Batch
-from depthlm_training.parts import Lora, add_lora, merged_weights, train_only
-from depthlm_training.trainer import Loss, TrainSettings, train
+from depthlm_training.parts import Lora, add_lora, merged_weights, passes, train_only
+from depthlm_training.rows import BadRows
+from depthlm_training.throughput import Work, training_flop
+from depthlm_training.trainer import train
 
 # Supervised tokens that are scored over the vocabulary at the same time.
 SCORED_TOKENS = 1024
@@ -102,6 +105,7 @@ class TextObjective:
     Attributes:
         model: as given.
         make: as given.
+        bad_rows: of the data.
     """
 
     def __init__(
@@ -114,10 +118,13 @@ class TextObjective:
     ) -> None:
         self.model: nn.Module = model
         self.make = make
+        self.bad_rows: BadRows = make.mixture.bad_rows
         self._checkpoint, self._card, self._dtype = checkpoint, card, dtype
 
     def loss(self, batch: Batch, device: torch.device) -> Loss:
         """Sum of the cross entropy over the supervised tokens."""
+        work = Work(batch.grids_hw, batch.tokens, batch.seen, batch.units)
+        vision, language = passes(self.model)
         total = answer_loss(self.model, batch.to(device))
         return Loss(
             total=total,
@@ -126,6 +133,7 @@ class TextObjective:
             tokens=batch.tokens,
             images=batch.image_count,
             waste=batch.waste,
+            flop=training_flop(self._checkpoint.config, work, vision, language),
         )
 
     def save(self, folder: Path) -> None:
