@@ -15,14 +15,16 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 import cv2
 import numpy as np
 
-from depthlm_ros.bags import CLOUD_TYPE, BagInfo, RecordedFrame, bag_info, image_encoder, read_frames
+from depthlm_ros.bags import CLOUD_TYPE, IMAGE_TYPE, BagInfo, RecordedFrame, bag_info, image_encoder, read_frames
 from depthlm_ros.camera import Camera
 from depthlm_ros.errors import BagError, ConfigError
 from depthlm_ros.lens import Distortion
+from depthlm_ros.lidar import LidarPoints, LidarSettings
 
 TRAIN_FILE = "train.jsonl"
 HELD_OUT_FILE = "held_out.jsonl"
@@ -97,15 +99,47 @@ class LabelledSet:
     labels: int
     left_out: dict[str, int]
     dropped: dict[str, int]
-    notes: tuple[str, ...] = ()
+    notes: tuple[str, ...]
 
 
-class NoLabels(Exception):
-    """An image that can't be labelled; the message is the cause, short, for counting."""
+class DepthSource(Protocol):
+    """Where depth comes from.
+
+    Attributes:
+        topic: its name in the recording.
+        dropped: points that it left out, by cause.
+        notes: what was assumed.
+    """
+
+    topic: str
+    dropped: Counter[str]
+
+    @property
+    def notes(self) -> tuple[str, ...]: ...
+
+    def points(self, recorded: RecordedFrame, camera: Camera) -> np.ndarray | str:
+        """(N, 3) points in metres in an image's optical frame, those that its camera sees, or why there are none.
+
+        Args:
+            camera: the image's, without its lens.
+        """
 
 
-# Points (N, 3) in the optical frame of a recorded image, in metres, those that the camera sees; raises `NoLabels`.
-SeenPoints = Callable[[RecordedFrame, Camera], np.ndarray]
+class DepthImages:
+    """Depth images that are registered to the colour images (a `DepthSource`)."""
+
+    notes = ()
+
+    def __init__(self, topic: str) -> None:
+        self.topic = topic
+        self.dropped: Counter[str] = Counter()
+
+    def points(self, recorded: RecordedFrame, _camera: Camera) -> np.ndarray | str:
+        """(N, 3) the surface in each pixel that has depth."""
+        if recorded.truth_m is None:
+            return "no depth image of its time"
+        rows, columns = np.nonzero(np.isfinite(recorded.truth_m))
+        return recorded.frame.camera.unproject(np.stack([columns, rows], axis=-1), recorded.truth_m[rows, columns])
 
 
 def make_set(
@@ -115,24 +149,36 @@ def make_set(
     *,
     image_topic: str | None = None,
     depth_topic: str | None = None,
+    cloud_topic: str | None = None,
+    lidar: LidarSettings | None = None,
     progress: Callable[[Iterable, int, str], Iterable] = lambda items, total, what: items,
 ) -> LabelledSet:
-    """Makes a training set from a recording's depth images. The folder appears only when it is complete.
+    """Makes a training set from a recording. The folder appears only when it is complete.
 
     Args:
         bag: a rosbag2 folder, or an .mcap or .db3 file.
         out: the folder to make; must not exist.
         image_topic: default: the first colour topic with a CameraInfo.
-        depth_topic: 32FC1 or 16UC1 images registered to the colour image; default: `default_depth_topic`.
+        depth_topic: 32FC1 or 16UC1 images registered to the colour images.
+        cloud_topic: PointCloud2 of a LiDAR. With neither of the two: the depth images there are, or the clouds.
+        lidar: how clouds become labels; default: `LidarSettings()`.
         progress: wraps the frames, to show a bar.
 
     Raises:
         BagError: the recording can't be read, lacks a topic, or no image of it could be labelled; `out` exists.
+        ConfigError: both a depth and a cloud topic.
+        TransformError: LiDAR and camera aren't connected.
     """
-    info = bag_info(bag, image_topic, depth_topic or default_depth_topic(bag_info(bag, image_topic)))
-    frames = read_frames(bag, image_topic, info.truth_topic)
-    return write_set(out, info, info.truth_topic, progress(frames, info.count(info.image_topic), "label"),
-                     measured_points, settings)  # fmt: skip
+    if depth_topic and cloud_topic:
+        raise ConfigError(f"depth from {depth_topic} and from {cloud_topic} can't be mixed; name one of the two")
+    info = bag_info(bag, image_topic, depth_topic)
+    clouds = any(kind == CLOUD_TYPE and number for _, kind, number in info.topics)
+    if cloud_topic or (clouds and not depth_topic and not _depth_topics(info)):
+        source: DepthSource = LidarPoints(info, cloud_topic, lidar or LidarSettings())
+    else:
+        source = DepthImages(depth_topic or default_depth_topic(info))
+    frames = read_frames(bag, image_topic, source.topic if isinstance(source, DepthImages) else None)
+    return write_set(out, info, source, progress(frames, info.count(info.image_topic), "label"), settings)
 
 
 def default_depth_topic(info: BagInfo) -> str:
@@ -141,40 +187,29 @@ def default_depth_topic(info: BagInfo) -> str:
     Raises:
         BagError: there is none, or several.
     """
-    if info.truth_topic:
-        return info.truth_topic
-    found = [name for name, kind, number in info.topics if kind == "sensor_msgs/msg/Image" and number
-             and "depth" in name.lower()]  # fmt: skip
+    found = _depth_topics(info)
     if len(found) == 1:
         return found[0]
-    topics = ", ".join(f"{name} ({number})" for name, _, number in info.topics)
     if found:
         raise BagError(f"{info.path} has depth images on {', '.join(found)}; name one with --depth")
-    raise BagError(
-        f"{info.path} has no depth images among {topics or 'no topics'}; name a topic with --depth, or a LiDAR's with "
-        f"--cloud ({CLOUD_TYPE})"
-    )
+    topics = ", ".join(f"{name} ({number})" for name, _, number in info.topics) or "no topics"
+    raise BagError(f"{info.path} has neither depth images nor {CLOUD_TYPE} among {topics}; name a topic with --depth")
 
 
-def measured_points(recorded: RecordedFrame, _camera: Camera) -> np.ndarray:
-    """(N, 3) points of a depth image that is registered to its colour image."""
-    if recorded.truth_m is None:
-        raise NoLabels("no depth image of its time")
-    rows, columns = np.nonzero(np.isfinite(recorded.truth_m))
-    pixels = np.stack([columns, rows], axis=-1)
-    return recorded.frame.camera.unproject(pixels, recorded.truth_m[rows, columns])
+def _depth_topics(info: BagInfo) -> list[str]:
+    if info.truth_topic:
+        return [info.truth_topic]
+    return [name for name, kind, number in info.topics if kind == IMAGE_TYPE and number and "depth" in name.lower()]
 
 
 def write_set(
     out: str | Path,
     info: BagInfo,
-    source: str,
+    source: DepthSource,
     frames: Iterable[RecordedFrame],
-    seen: SeenPoints,
     settings: LabelSettings,
-    notes: tuple[str, ...] = (),
 ) -> LabelledSet:
-    """Labels frames with the points that the camera sees and writes the set.
+    """Labels frames and writes the set; `make_set` with frames and a source of one's own.
 
     Raises:
         BagError: `out` exists, or no frame could be labelled.
@@ -186,26 +221,26 @@ def write_set(
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
         folder = Path(scratch) / out.name
         (folder / "images").mkdir(parents=True)
-        counts = _Counts()
-        rows = list(_labelled(folder, frames, seen, settings, counts))
+        left_out: Counter[str] = Counter()
+        rows = list(_labelled(folder, frames, source, settings, left_out))
         if not rows:
-            causes = ", ".join(f"{cause} ({n})" for cause, n in (counts.left_out + counts.dropped).most_common())
+            causes = ", ".join(f"{cause} ({n})" for cause, n in (left_out + source.dropped).most_common())
             raise BagError(
-                f"no image of {info.path} could be labelled from {source}: {causes or 'there are no images'}"
+                f"no image of {info.path} could be labelled from {source.topic}: {causes or 'there are no images'}"
             )
         parts = _split(rows, settings)
         for row in parts.pop("gap"):
             (folder / row["image"]).unlink()
         made = LabelledSet(
             folder=out,
-            source=source,
+            source=source.topic,
             train=len(parts[TRAIN_FILE]),
             held_out=len(parts[HELD_OUT_FILE]),
             in_gap=len(rows) - sum(map(len, parts.values())),
             labels=sum(len(row["depth"]) for part in parts.values() for row in part),
-            left_out=dict(counts.left_out),
-            dropped=dict(counts.dropped),
-            notes=notes,
+            left_out=dict(left_out),
+            dropped=dict(source.dropped),
+            notes=source.notes,
         )
         for name, part in parts.items():
             (folder / name).write_text("".join(json.dumps(row) + "\n" for row in part), encoding="utf-8")
@@ -216,16 +251,12 @@ def write_set(
     return made
 
 
-class _Counts:
-    """Why images and points were left out."""
-
-    def __init__(self) -> None:
-        self.left_out: Counter[str] = Counter()
-        self.dropped: Counter[str] = Counter()
-
-
 def _labelled(
-    folder: Path, frames: Iterable[RecordedFrame], seen: SeenPoints, settings: LabelSettings, counts: _Counts
+    folder: Path,
+    frames: Iterable[RecordedFrame],
+    source: DepthSource,
+    settings: LabelSettings,
+    left_out: Counter[str],
 ) -> Iterator[dict]:
     """The rows of the frames that could be labelled; their images are written."""
     suffix, encode = image_encoder(settings.images)
@@ -234,12 +265,13 @@ def _labelled(
             continue
         frame = recorded.frame
         camera = replace(frame.camera, distortion=Distortion())
-        try:
-            pixels, depth_m = labels(seen(recorded, camera), camera, settings, counts.dropped)
-            if not len(depth_m):
-                raise NoLabels("no point in view and within the depth limits")
-        except NoLabels as cause:
-            counts.left_out[str(cause)] += 1
+        points_m = source.points(recorded, camera)
+        if isinstance(points_m, str):
+            left_out[points_m] += 1
+            continue
+        pixels, depth_m = labels(points_m, camera, settings, source.dropped)
+        if not len(depth_m):
+            left_out["no point in view and within the depth limits"] += 1
             continue
         rng = np.random.default_rng([settings.seed, frame.stamp_ns])
         drawn = np.sort(rng.permutation(len(depth_m))[: settings.points or None])

@@ -438,12 +438,12 @@ def _frame(path: Path, compressed: bool, image: tuple[int, bytes, object], infos
     truth_stamp = _nearest(truths, stamp_ns)
     truth = None
     if truth_stamp is not None and abs(truth_stamp - stamp_ns) <= _MATCH_NS:
-        truth = _read_truth(path, truths[truth_stamp], (height, width))
+        truth = _read_truth(path, truths[truth_stamp], (height, width), message.header.frame_id)
     frame = Frame(pixels, camera, stamp_ns, message.header.frame_id)
     return RecordedFrame(frame, truth, image_raw, info_raw)
 
 
-def _read_truth(path: Path, message, shape: tuple[int, int]) -> np.ndarray:
+def _read_truth(path: Path, message, shape: tuple[int, int], frame_id: str) -> np.ndarray:
     """(H, W) float32 metres, NaN where unknown."""
     try:
         truth_m = decode_depth(message)
@@ -452,6 +452,11 @@ def _read_truth(path: Path, message, shape: tuple[int, int]) -> np.ndarray:
     if truth_m.shape != shape:
         raise BagError(
             f"{path}: ground truth is {message.width}x{message.height} but the image is {shape[1]}x{shape[0]}; "
+            "record depth registered to the colour image"
+        )
+    if message.header.frame_id != frame_id:
+        raise BagError(
+            f"{path}: ground truth is in frame {message.header.frame_id!r} but the image in {frame_id!r}; "
             "record depth registered to the colour image"
         )
     return truth_m

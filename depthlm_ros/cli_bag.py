@@ -156,6 +156,21 @@ def _add_to_sft(commands) -> None:
     parser.add_argument(
         "--depth", metavar="TOPIC", help="depth images registered to the colour image; default: the only ones there are"
     )
+    lidar = parser.add_argument_group("LiDAR", "used where it is named or there are no depth images; needs /tf_static")
+    lidar.add_argument("--cloud", metavar="TOPIC", help="its PointCloud2 topic; default: the only one there is")
+    lidar.add_argument(
+        "--beam-deg",
+        type=float,
+        default=2.0,
+        metavar="DEG",
+        help="angle between neighbouring beams: what lies behind points this close is hidden (default 2)",
+    )
+    lidar.add_argument(
+        "--max-age", type=float, default=0.1, metavar="SECONDS", help="between an image and its cloud (default 0.1)"
+    )
+    lidar.add_argument(
+        "--fixed-frame", metavar="FRAME", help="frame in which the world stands still; default: the root of /tf"
+    )
     labels = parser.add_argument_group("labels")
     labels.add_argument("--points", type=int, default=100, help="labels an image, 0 for all (default 100)")
     labels.add_argument("--min-depth", type=float, default=0.1, metavar="M", help="nearest label (default 0.1)")
@@ -176,6 +191,7 @@ def _add_to_sft(commands) -> None:
 def _to_sft(arguments: argparse.Namespace) -> int:
     from depthlm_ros.bag_labels import LabelSettings, make_set
     from depthlm_ros.evaluate import progress
+    from depthlm_ros.lidar import LidarSettings
 
     settings = LabelSettings(
         points=arguments.points,
@@ -193,6 +209,8 @@ def _to_sft(arguments: argparse.Namespace) -> int:
         settings,
         image_topic=arguments.topic,
         depth_topic=arguments.depth,
+        cloud_topic=arguments.cloud,
+        lidar=LidarSettings(arguments.beam_deg, arguments.max_age, arguments.fixed_frame),
         progress=progress,
     )
     print(f"{made.folder}: {made.labels} labels from {made.source}")

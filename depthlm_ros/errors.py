@@ -61,6 +61,10 @@ class EngineError(DepthLMError):
     """An engine that failed while answering."""
 
 
+class TransformError(DepthLMError):
+    """Frames that aren't connected, or a transform that isn't known at its time."""
+
+
 class BagError(DepthLMError):
     """A recording that can't be read or written, or lacks a topic."""
 
