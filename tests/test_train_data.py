@@ -125,7 +125,7 @@ def test_the_kind_of_depth_must_be_named(tmp_path):
         ({"pixel_coords": [[1, 1]], "depth": [math.inf]}, "non-finite depth", "inf"),
         ({"pixel_coords": [[1, 1]], "depth": [-2.5]}, "non-positive depth", "-2.5 m"),
         ({"pixel_coords": [[1, 1]], "depth": [0]}, "non-positive depth", "0 m"),
-        ({"pixel_coords": [[1, 1]], "depth": [1e-60]}, "no labels", "0 labels"),
+        ({"pixel_coords": [[1, 1]], "depth": [1e-60]}, "no labels", "no pixel has a depth"),
         ({"intrinsics": [0, 62, 31, 24.5, 64, 48]}, "zero focal", "[0, 62]"),
         ({"intrinsics": [60, 0, 31, 24.5, 64, 48]}, "zero focal", "[60, 0]"),
         ({"intrinsics": [-60, 62, 31, 24.5, 64, 48]}, "unusable camera", "-60"),
@@ -147,6 +147,10 @@ def test_a_bad_row_of_points_is_told_by_its_cause(tmp_path, changes, cause, seen
     assert bad.cause == cause
     assert seen in bad.what
     assert str(bad).startswith(f"{tmp_path / 'set' / 'labels.jsonl'}:1: ")
+
+
+def test_distances_that_vanish_along_their_ray_are_no_depths(tmp_path):
+    assert the_bad_row(write_depthvlm_labels(tmp_path, original_fx=1e-50), "euclidean").cause == "non-positive depth"
 
 
 @pytest.mark.parametrize(

@@ -160,6 +160,8 @@ class LabelledSource:
             raise BadRow(name, _cause(error), str(error).removeprefix(f"{name}: ")) from error
         except _WRONG as error:
             raise BadRow(name, MALFORMED, f"a value has the wrong type or shape ({error})") from error
+        # Once more: what was positive may not be after the conversion along a ray of an absurd focal length.
+        _check_depths(labelled.depth_m, name)
         near_m, far_m = self._range_m
         kept = (labelled.depth_m >= near_m) & (labelled.depth_m <= far_m)
         if not kept.any():
@@ -311,12 +313,16 @@ def _check_labels(points: list, depths: list, size: list, name: str) -> None:
     outside = ~((pixels > -0.5) & (pixels < np.asarray(size, np.float64) - 0.5)).all(axis=1)
     if outside.any():
         raise BadRow(name, POINT_OUTSIDE, f"point {pixels[outside][0].tolist()} is outside the image of size {size}")
+    _check_depths(depth_m, name)
+
+
+def _check_depths(depth_m: np.ndarray, name: str) -> None:
     if not np.isfinite(depth_m).all():
         raise BadRow(name, NON_FINITE_DEPTH, f"a depth is {depth_m[~np.isfinite(depth_m)][0]}")
     if (depth_m <= 0).any():
         raise BadRow(name, NON_POSITIVE_DEPTH, f"a depth is {depth_m[depth_m <= 0][0]:g} m")
     if len(depth_m) == 0:
-        raise BadRow(name, NO_LABELS, "no point has a depth")
+        raise BadRow(name, NO_LABELS, "no pixel has a depth")
 
 
 def _cause(error: Exception) -> str:
