@@ -151,7 +151,7 @@ def open_objective(recipe: TextRecipe) -> TextObjective:
         ConfigError: settings that don't fit each other or the model.
         DatasetError: a file of rows that can't be read.
     """
-    checkpoint, card = _opened(recipe)
+    checkpoint, card = opened(recipe)
     make = text_batches(recipe, checkpoint, card)
     model = load_model(checkpoint, choose_placement("cpu", "float32"))
     train_only(model, recipe.trained)
@@ -161,6 +161,13 @@ def open_objective(recipe: TextRecipe) -> TextObjective:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     dtype = torch.bfloat16 if recipe.train.dtype == "bfloat16" else torch.float32
     return TextObjective(model, make, checkpoint, trained_card(card, make), dtype)
+
+
+def opened(recipe: TextRecipe) -> tuple[Checkpoint, ModelCard]:
+    """The checkpoint that a recipe begins with, and the card of what it is to become."""
+    card, source = load_card(recipe.model)
+    checkpoint = open_checkpoint(source, card.revision)
+    return checkpoint, card if recipe.card is None else read_card(recipe.card)
 
 
 def text_batches(recipe: TextRecipe, checkpoint: Checkpoint, card: ModelCard) -> TextBatches:
@@ -274,7 +281,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def dry_run(recipe: TextRecipe) -> str:
     """All settings and the first row of tokens; raises as `open_objective` does, and loads no weights."""
-    checkpoint, card = _opened(recipe)
+    checkpoint, card = opened(recipe)
     make = text_batches(recipe, checkpoint, card)
     batch = make(0)
     told = (
@@ -282,12 +289,6 @@ def dry_run(recipe: TextRecipe) -> str:
         f"{batch.units} of them supervised, {batch.waste:.1%} padding"
     )
     return "\n".join([as_yaml(recipe), told, marked_text(dialogue_processor(make.folder, make.system_text), batch)])
-
-
-def _opened(recipe: TextRecipe) -> tuple[Checkpoint, ModelCard]:
-    card, source = load_card(recipe.model)
-    checkpoint = open_checkpoint(source, card.revision)
-    return checkpoint, card if recipe.card is None else read_card(recipe.card)
 
 
 def _ways(entry: dict[str, Any], recipe: TextRecipe, card: ModelCard, grid: ImageGrid) -> tuple[Way, ...]:
