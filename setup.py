@@ -15,10 +15,12 @@ from setuptools import find_packages, setup
 NAME = "depthlm_ros"
 # The published metric's parser, in the version whose verdicts the published figures were checked against.
 COMPAT = ["math-verify[antlr4_13_2]==0.9.0"]
+# torch.utils.tensorboard writes through the first; adapters are the second.
+TRAIN = ["tensorboard>=2.17", "peft>=0.18"]
 VERSION = re.search(r'^__version__ = "(.+)"$', Path(NAME, "__init__.py").read_text(encoding="utf-8"), re.M).group(1)
 
 # Named one by one: a checkpoint that somebody keeps under models/ must not end up in a wheel.
-SHARED_FOLDERS = ("launch", "config", "models", "models/demo", "models/sample_drive")
+SHARED_FOLDERS = ("launch", "config", "config/train", "models", "models/demo", "models/sample_drive")
 
 
 def shared(folder):
@@ -80,7 +82,9 @@ setup(
             "colcon-ros",
             "colcon-package-information",
             *COMPAT,
+            *TRAIN,
         ],
+        "train": TRAIN,
         "compat": COMPAT,
         "lint": ["ruff>=0.6"],
     },

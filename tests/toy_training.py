@@ -1,11 +1,12 @@
 """A small training, for tests and for the processes that they start.
 
-    python tests/toy_training.py RUN [key=value ...]     key: of TrainSettings
+python tests/toy_training.py FOLDER [key=value ...]     of TrainSettings, and dropout=, slow_from=, ways=
 """
 
 from __future__ import annotations
 
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +16,6 @@ import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from depthlm_ros.errors import DepthLMError
 from depthlm_training.config import load
 from depthlm_training.trainer import Loss, TrainSettings, train
 
@@ -53,15 +53,18 @@ class Toy(nn.Module):
 
 @dataclass(frozen=True)
 class Make:
-    """Micro-batch k: another number of rows for each k; `nan_from` on, no number."""
+    """Micro-batch k: another number of rows for each k; from some k on without a number, or not for a long time."""
 
     nan_from: int = 1 << 30
+    slow_from: int = 1 << 30
 
     def __call__(self, k: int) -> tuple[np.ndarray, np.ndarray]:
         rng = np.random.default_rng([7, k])
         x = rng.normal(size=(1 + k % 5, 5)).astype(np.float32)
         if k >= self.nan_from:
             x[0] = np.nan
+        if k >= self.slow_from:
+            time.sleep(60)
         return x, np.sin(x.sum(1))
 
 
@@ -102,19 +105,23 @@ def settings(*arguments: str, **values: object) -> TrainSettings:
     return load(TrainSettings, [*(f"{k}={v}" for k, v in {**defaults, "device": "cpu", **values}.items()), *arguments])
 
 
-def main() -> int:
-    """As the commands of depthlm_training do it; `dropout=` and `nan_from=` are the toy's own."""
-    run, *arguments = sys.argv[1:]
-    own = {key: [a.split("=")[1] for a in arguments if a.startswith(f"{key}=")] for key in ("dropout", "nan_from")}
-    rest = [a for a in arguments if a.partition("=")[0] not in own]
-    objective = ToyObjective(Make(*map(int, own["nan_from"])), *map(float, own["dropout"]))
-    try:
-        train(objective, settings(*rest), Path(run), resume=True)
-    except DepthLMError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+def main() -> None:
+    """Trains once; under torchrun once for each of `ways`, a value of `parallel`, and after a colon how many steps."""
+    folder, *arguments = sys.argv[1:]
+    given = dict(argument.split("=") for argument in arguments)
+    dropout = float(given.pop("dropout", 0.1))
+    make = Make(slow_from=int(given.pop("slow_from", 1 << 30)))
+    if "ways" not in given:
+        train(ToyObjective(make, dropout), settings(**given), Path(folder))
+        return
+    # One group for all: a second one of the same torchrun would find the first one's addresses.
+    torch.distributed.init_process_group("gloo")
+    for way in given.pop("ways").split(","):
+        parallel, _, steps = way.partition(":")
+        how = settings(**{**given, "parallel": parallel, "steps": steps or 6})
+        train(ToyObjective(make, dropout), how, Path(folder) / parallel, resume=True)
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -66,6 +66,8 @@ class Processes:
 def joined(parallel: str, device: str) -> Iterator[Processes]:
     """Joins the processes that torchrun started; without torchrun there is one, whatever `parallel` says.
 
+    A process group that is there already is used and left as it is.
+
     Raises:
         ConfigError: several processes and `parallel` none, or cuda without a GPU.
     """
@@ -77,11 +79,14 @@ def joined(parallel: str, device: str) -> Iterator[Processes]:
     if size == 1:
         yield Processes(where)
         return
-    # Counts are summed on the CPU, so gloo is there beside NCCL.
-    distributed.init_process_group("cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo")
+    ours = not distributed.is_initialized()
+    if ours:
+        # Counts are summed on the CPU, so gloo is there beside NCCL.
+        distributed.init_process_group("cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo")
     yield Processes(where, distributed.get_rank(), size, size // int(os.environ["LOCAL_WORLD_SIZE"]))
     # Not after an error: the others still wait for this process, and torchrun ends them.
-    distributed.destroy_process_group()
+    if ours:
+        distributed.destroy_process_group()
 
 
 def _device(name: str, local: int) -> torch.device:
@@ -132,9 +137,7 @@ def spread(network: Network, parallel: str, dtype: torch.dtype, processes: Proce
     if parallel == "ddp":
         network.to(processes.device)
         # A head may have nothing to learn from a micro-batch.
-        return DistributedDataParallel(
-            network, find_unused_parameters=True, broadcast_buffers=False, gradient_as_bucket_view=True
-        )
+        return DistributedDataParallel(network, find_unused_parameters=True, gradient_as_bucket_view=True)
     return _sharded(network, parallel, dtype, processes)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -77,11 +78,11 @@ class _Training:
                 tidy(self._run)
             self._restore()
             with Course(self._run, self._settings.steps, self._done, self._processes.first) as course:
-                batches = iter(self._loader())
-                while self._done < self._settings.steps:
-                    measured = self._step(batches)
-                    course.step()
-                    self._note(course, measured)
+                with closing(iter(self._loader())) as batches:
+                    while self._done < self._settings.steps:
+                        measured = self._step(batches)
+                        course.step()
+                        self._note(course, measured)
                 if self._objective.bad_rows:
                     course.say(f"rows that could not be trained on:\n{self._objective.bad_rows.report()}")
         except (DepthLMError, OSError, torch.OutOfMemoryError) as error:
@@ -170,19 +171,3 @@ def last_good(run: Path) -> str:
     if not checkpoints:
         return f"no checkpoint had been written to {run} yet"
     return f"the last good checkpoint is {checkpoints[-1]}; --resume goes on from there"
-
-
-def loader_rate(objective: Objective, settings: TrainSettings, steps: int) -> float:
-    """Micro-batches a second that one process's loader makes when nobody trains.
-
-    Args:
-        objective: whose `make` is measured.
-        settings: of which the number of workers counts.
-        steps: how many steps' micro-batches are made; the first one, for which workers start, is not timed.
-    """
-    made = iter(Loader(objective.make, settings.workers, 0, steps * settings.micro_batches + 1))
-    next(made)
-    watch = Stopwatch()
-    for _ in made:
-        pass
-    return steps * settings.micro_batches / watch.lap()
