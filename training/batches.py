@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
 
 from depthlm_ros.engines.checkpoint import open_checkpoint
-from depthlm_ros.errors import CameraError, DatasetError, ImageError
 from depthlm_training.asking import Asked, Asking, ask
 from depthlm_training.data import Mixture
 from depthlm_training.dialogues import DialogueProcessor
-from depthlm_training.packing import Batch, collate, pack
-from depthlm_training.rows import UNUSABLE_CAMERA, BadRow
+from depthlm_training.packing import IGNORED, PADDING, Batch, Packed, collate, pack
+from depthlm_training.sources import Example
 
-# Rows tried for one place of a micro-batch; each is another draw of the mixture, far from those of the run.
-_TRIES = 100
-_FAR = 1 << 48
 # Sets what is asked apart from other random choices of the same seed.
 _ASKING = 17
 
@@ -68,25 +65,44 @@ class TextBatches:
             DatasetError: too many rows are bad.
             ConfigError: an image with one question doesn't fit into a row.
         """
-        processor = dialogue_processor(self.folder, self.system_text)
-        asked = [self.asked(k * self.images + i) for i in range(self.images)]
-        return collate([pack(processor, each, self.supervise) for each in asked], self.tokens_per_row)
+        packed = [self._packed(k * self.images + i) for i in range(self.images)]
+        return collate(packed, self.tokens_per_row)
 
     def asked(self, k: int) -> Asked:
         """What is asked about the row of draw k, or about another where nothing can be."""
-        rng = np.random.default_rng([self.seed, _ASKING, k])
-        for again in range(_TRIES):
-            at = k + again * _FAR
-            example, ways = self.mixture.example(at), self.ways[self.mixture.draw(at)[0]]
-            shares = np.array([way.share for way in ways])
-            how = ways[rng.choice(len(ways), p=shares / shares.sum())].asking
-            try:
-                return ask(example, how, rng)
-            except BadRow as bad:
-                self.mixture.bad_rows.add(bad.row, bad.cause)
-            except (CameraError, ImageError):
-                self.mixture.bad_rows.add(example.name, UNUSABLE_CAMERA)
-        raise DatasetError(
-            f"nothing can be asked about {_TRIES} rows in turn; compare `ask` with the data:\n"
-            f"{self.mixture.bad_rows.report()}"
+        return self.mixture.made(k, partial(self._asked, k))
+
+    def _packed(self, k: int) -> Packed:
+        processor = dialogue_processor(self.folder, self.system_text)
+        return self.mixture.made(
+            k, lambda source, example: pack(processor, self._asked(k, source, example), self.supervise)
         )
+
+    def _asked(self, k: int, source: int, example: Example) -> Asked:
+        rng, ways = np.random.default_rng([self.seed, _ASKING, k]), self.ways[source]
+        shares = np.array([way.share for way in ways])
+        return ask(example, ways[rng.choice(len(ways), p=shares / shares.sum())].asking, rng)
+
+
+def marked_text(processor: DialogueProcessor, batch: Batch, row: int = 0) -> str:
+    """A row as text, a paragraph for each prefix and each pair: «supervised», image tokens counted, not written."""
+    ids, labels, sequence, segment = (
+        tensor[row].tolist() for tensor in (batch.ids, batch.labels, batch.sequence, batch.segment)
+    )
+
+    def written(place: int) -> tuple[int, int, str]:
+        kind = "said" if labels[place] != IGNORED else "read"
+        kind = "image" if ids[place] == processor.image_token_id else kind
+        return sequence[place], segment[place], "padding" if sequence[place] == PADDING else kind
+
+    parts, before = [], (0, 0)
+    for (*of, kind), run in groupby(range(len(ids)), key=written):
+        at = list(run)
+        parts.append("\n\n" if tuple(of) != before else "")
+        before = tuple(of)
+        if kind in ("image", "padding"):
+            parts.append(f"<{len(at)} {kind} tokens>")
+        else:
+            text = processor.tokenizer.decode([ids[i] for i in at])
+            parts.append(f"«{text}»" if kind == "said" else text)
+    return "".join(parts)

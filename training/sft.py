@@ -11,7 +11,6 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,13 +27,12 @@ from depthlm_ros.engines.loading import load_model
 from depthlm_ros.errors import ConfigError, DepthLMError
 from depthlm_ros.modelcard import read_card
 from depthlm_training.asking import DEPTH, MOTION, SINGLE, Asking
-from depthlm_training.batches import TextBatches, Way, dialogue_processor
+from depthlm_training.batches import TextBatches, Way, dialogue_processor, marked_text
 from depthlm_training.config import as_yaml, load
-from depthlm_training.dialogues import DialogueProcessor
 from depthlm_training.folders import save_folder
 from depthlm_training.mixtures import open_mixture
 from depthlm_training.objective import Loss, TrainSettings
-from depthlm_training.packing import IGNORED, PADDING, Batch
+from depthlm_training.packing import IGNORED, Batch
 from depthlm_training.parts import Lora, add_lora, merged_weights, passes, train_only
 from depthlm_training.rows import BadRows
 from depthlm_training.throughput import Work, training_flop
@@ -234,30 +232,6 @@ def _scored(head: nn.Module, states: torch.Tensor, labels: torch.Tensor) -> torc
     logits = head(states)
     with torch.autocast(logits.device.type, enabled=False):
         return nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
-
-
-def marked_text(processor: DialogueProcessor, batch: Batch, row: int = 0) -> str:
-    """A row as text, a paragraph for each prefix and each pair: «supervised», image tokens counted, not written."""
-    ids, labels, sequence, segment = (
-        tensor[row].tolist() for tensor in (batch.ids, batch.labels, batch.sequence, batch.segment)
-    )
-
-    def written(place: int) -> tuple[int, int, str]:
-        kind = "said" if labels[place] != IGNORED else "read"
-        kind = "image" if ids[place] == processor.image_token_id else kind
-        return sequence[place], segment[place], "padding" if sequence[place] == PADDING else kind
-
-    parts, before = [], (0, 0)
-    for (*of, kind), run in groupby(range(len(ids)), key=written):
-        at = list(run)
-        parts.append("\n\n" if tuple(of) != before else "")
-        before = tuple(of)
-        if kind in ("image", "padding"):
-            parts.append(f"<{len(at)} {kind} tokens>")
-        else:
-            text = processor.tokenizer.decode([ids[i] for i in at])
-            parts.append(f"«{text}»" if kind == "said" else text)
-    return "".join(parts)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
