@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from depthlm_ros import cli_bag, cli_tasks, config
+from depthlm_ros import cli_bag, cli_tasks, cli_train, config
 from depthlm_ros.bench import command as bench
 from depthlm_ros.cli_inputs import (
     add_answer_kind_argument,
@@ -65,6 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
     cli_tasks.add_commands(commands)
     bench.add_command(commands)
     cli_bag.add_commands(commands)
+    cli_train.add_commands(commands)
     return parser
 
 
