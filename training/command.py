@@ -29,6 +29,7 @@ def run_command(
     *,
     prog: str,
     description: str,
+    teach: Callable[[T, bool], None] | None = None,
     arguments: Sequence[str] | None = None,
 ) -> int:
     """Runs a recipe; 0 when it has ended well, 1 with one message on standard error when it couldn't.
@@ -39,6 +40,7 @@ def run_command(
         dry_run: what `--dry-run` prints.
         prog: the command as it is typed.
         description: for `--help`.
+        teach: runs the recipe, resuming or not; None opens the objective and trains it.
         arguments: instead of the process's.
     """
     parser = argparse.ArgumentParser(prog=prog, description=description)
@@ -53,8 +55,9 @@ def run_command(
         if options.dry_run:
             print(dry_run(recipe))
         elif options.null_step:
-            told = null_step(open_objective(recipe), recipe.train, rows(recipe.run))
-            print(told, end="")
+            print(null_step(open_objective(recipe), recipe.train, rows(recipe.run)), end="")
+        elif teach:
+            teach(recipe, options.resume)
         else:
             train(open_objective(recipe), recipe.train, recipe.run, options.resume)
     except DepthLMError as error:
