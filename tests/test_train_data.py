@@ -179,6 +179,17 @@ def test_truncated_files_are_told_from_missing_ones(tmp_path):
         assert the_bad_row(path).cause == cause
 
 
+def test_a_broken_chunk_is_told_as_a_truncated_file_too(tmp_path):
+    path = write_depthvlm_labels(tmp_path)
+    for file, cause in (("depth/a.png", "truncated depth map"), ("rgb/a.png", "truncated image")):
+        content = bytearray((tmp_path / file).read_bytes())
+        # The length of the chunk of pixels: what follows too early is no chunk.
+        content[content.index(b"IDAT") - 1] = 8
+        content[content.index(b"IDAT") - 2] = 0
+        (tmp_path / file).write_bytes(content)
+        assert the_bad_row(path).cause == cause
+
+
 def test_a_map_without_a_known_pixel_has_no_labels(tmp_path):
     path = write_depthvlm_labels(tmp_path)
     Image.fromarray(np.zeros((12, 16), np.uint16)).save(tmp_path / "depth" / "a.png")

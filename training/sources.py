@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +19,12 @@ import numpy as np
 from PIL import Image
 
 from depthlm_ros.camera import Camera
-from depthlm_ros.datasets import DEPTH_FOLDERS, IMAGE_FOLDERS, LabelledImage, LabelledImages
+from depthlm_ros.datasets import DEPTH_FOLDERS, IMAGE_FOLDERS, LabelledImage
 from depthlm_ros.depth import DEPTH_KINDS
 from depthlm_ros.errors import CameraError, ConfigError, DatasetError, ImageError, PixelError, unknown_choice
 from depthlm_ros.photographs import read_photograph
 from depthlm_training.dialogue_rows import cameras_of, dialogue_of, has_zero_focal, image_files
+from depthlm_training.labelled_rows import LazyLabels, check_depths, check_labels, schema_of
 from depthlm_training.labels import range_m as as_range_m
 from depthlm_training.raycast import render
 from depthlm_training.rows import (
@@ -31,9 +33,6 @@ from depthlm_training.rows import (
     MISSING_DEPTH_MAP,
     MISSING_IMAGE,
     NO_LABELS,
-    NON_FINITE_DEPTH,
-    NON_POSITIVE_DEPTH,
-    POINT_OUTSIDE,
     TRUNCATED_DEPTH_MAP,
     TRUNCATED_IMAGE,
     UNUSABLE_CAMERA,
@@ -60,6 +59,8 @@ __all__ = [
 SPLITS = ("train", "held_out")
 # What reading a row with wrong values in it ends in.
 _WRONG = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
+# What Pillow raises for damaged files; a broken chunk of a png is a SyntaxError.
+_UNREADABLE = (OSError, SyntaxError, struct.error, Image.DecompressionBombError)
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,10 +138,10 @@ class LabelledSource:
         self.name = str(path)
         self._rows = part_of(len(self._lines), part, self.name)
         self._range_m = as_range_m(range_m)
-        self._schema = _schema(self._lines)
+        self._schema = schema_of(self._lines)
         self._images = Folders(images, self._lines.path.parent, IMAGE_FOLDERS, MISSING_IMAGE)
         self._depths = Folders(depths, self._lines.path.parent, DEPTH_FOLDERS, MISSING_DEPTH_MAP)
-        self._labels = _Labels(self._lines, self._schema, self._images.places, self._depths.places, depth_kind)
+        self._labels = LazyLabels(self._lines, self._schema, self._images.places, self._depths.places, depth_kind)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -156,12 +157,12 @@ class LabelledSource:
             raise
         except CameraError as error:
             raise BadRow(name, UNUSABLE_CAMERA, str(error)) from error
-        except (DatasetError, OSError, Image.DecompressionBombError) as error:
-            raise BadRow(name, _cause(error), str(error).removeprefix(f"{name}: ")) from error
+        except (DatasetError, *_UNREADABLE) as error:
+            raise BadRow(name, self._cause(error, row, name), str(error).removeprefix(f"{name}: ")) from error
         except _WRONG as error:
             raise BadRow(name, MALFORMED, f"a value has the wrong type or shape ({error})") from error
         # Once more: what was positive may not be after the conversion along a ray of an absurd focal length.
-        _check_depths(labelled.depth_m, name)
+        check_depths(labelled.depth_m, name)
         near_m, far_m = self._range_m
         kept = (labelled.depth_m >= near_m) & (labelled.depth_m <= far_m)
         if not kept.any():
@@ -180,7 +181,19 @@ class LabelledSource:
         intrinsics = row["intrinsics"]
         if 0 in intrinsics[:2]:
             raise BadRow(name, ZERO_FOCAL, f"the focal lengths are {intrinsics[:2]}")
-        _check_labels(row["pixel_coords"], row["depth"], intrinsics[4:6], name)
+        check_labels(row["pixel_coords"], row["depth"], intrinsics[4:6], name)
+
+    def _cause(self, error: Exception, row: dict, name: str) -> str:
+        if isinstance(error.__cause__, ImageError):
+            return TRUNCATED_IMAGE
+        if not isinstance(error.__cause__ or error, _UNREADABLE):
+            return MALFORMED
+        # Pillow's own errors don't say which of the two files they are about.
+        try:
+            read_photograph(self._images.find(row["image"], name))
+        except (ImageError, *_UNREADABLE):
+            return TRUNCATED_IMAGE
+        return TRUNCATED_DEPTH_MAP
 
 
 class DialogueSource:
@@ -221,7 +234,7 @@ class DialogueSource:
             images = tuple(read_photograph(self._images.find(file, name)) for file in image_files(row))
             cameras = cameras_of(row, images)
             dialogue = dialogue_of(row)
-        except ImageError as error:
+        except (ImageError, *_UNREADABLE) as error:
             raise BadRow(name, TRUNCATED_IMAGE, str(error)) from error
         except CameraError as error:
             raise BadRow(name, ZERO_FOCAL if has_zero_focal(row) else UNUSABLE_CAMERA, str(error)) from error
@@ -283,50 +296,3 @@ class SceneSource:
             rows, columns = rows[chosen], columns[chosen]
         pixels = np.stack([columns, rows], axis=1).astype(np.float32)
         return Example(name, (image,), (camera,), pixels, depth[rows, columns])
-
-
-class _Labels(LabelledImages):
-    """`LabelledImages` over rows that are read when asked for; the class itself holds the whole file in memory."""
-
-    def __init__(self, lines: JsonLines, schema: str, images: list[Path], depths: list[Path], depth_kind: str) -> None:
-        self.path, self.schema = lines.path, schema
-        self._rows, self._images, self._depths, self._depth_kind = lines, images, depths, depth_kind
-
-
-def _schema(lines: JsonLines) -> str:
-    """Whose schema it is, from the keys of the first row that is one."""
-    for index in range(len(lines)):
-        try:
-            row = lines[index]
-        except BadRow:
-            continue
-        if "depth_path" in row or "original_fx" in row:
-            return "depthvlm"
-        if "intrinsics" in row:
-            return "depthlm"
-        raise DatasetError(f"{lines.name(index)} has the keys {sorted(row)}, neither DepthLM's nor DepthVLM's")
-    raise DatasetError(f"{lines.path} holds no JSON object; each line is one")
-
-
-def _check_labels(points: list, depths: list, size: list, name: str) -> None:
-    pixels, depth_m = np.asarray(points, np.float64).reshape(-1, 2), np.asarray(depths, np.float64).reshape(-1)
-    outside = ~((pixels > -0.5) & (pixels < np.asarray(size, np.float64) - 0.5)).all(axis=1)
-    if outside.any():
-        raise BadRow(name, POINT_OUTSIDE, f"point {pixels[outside][0].tolist()} is outside the image of size {size}")
-    _check_depths(depth_m, name)
-
-
-def _check_depths(depth_m: np.ndarray, name: str) -> None:
-    if not np.isfinite(depth_m).all():
-        raise BadRow(name, NON_FINITE_DEPTH, f"a depth is {depth_m[~np.isfinite(depth_m)][0]}")
-    if (depth_m <= 0).any():
-        raise BadRow(name, NON_POSITIVE_DEPTH, f"a depth is {depth_m[depth_m <= 0][0]:g} m")
-    if len(depth_m) == 0:
-        raise BadRow(name, NO_LABELS, "no pixel has a depth")
-
-
-def _cause(error: Exception) -> str:
-    if isinstance(error.__cause__, ImageError):
-        return TRUNCATED_IMAGE
-    unreadable = (OSError, Image.DecompressionBombError)
-    return TRUNCATED_DEPTH_MAP if isinstance(error.__cause__ or error, unreadable) else MALFORMED
