@@ -13,6 +13,7 @@ from depthlm_training.data import Loader
 from depthlm_training.objective import Objective, TrainSettings
 from depthlm_training.parallel import joined
 from depthlm_training.progress import rows
+from depthlm_training.recipes import keep_recipe
 from depthlm_training.throughput import Stopwatch
 from depthlm_training.trainer import train
 
@@ -57,8 +58,10 @@ def run_command(
         elif options.null_step:
             print(null_step(open_objective(recipe), recipe.train, rows(recipe.run)), end="")
         elif teach:
+            keep_recipe(recipe, options.resume)
             teach(recipe, options.resume)
         else:
+            keep_recipe(recipe, options.resume)
             train(open_objective(recipe), recipe.train, recipe.run, options.resume)
     except DepthLMError as error:
         print(f"error: {error}", file=sys.stderr)

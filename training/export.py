@@ -26,14 +26,15 @@ from depthlm_ros.engines.loading import load_model
 from depthlm_ros.errors import ConfigError, TrainingError
 from depthlm_ros.estimator import Estimator
 from depthlm_ros.modelcard import ModelCard, read_card
+from depthlm_training import dense, sft
 from depthlm_training.batches import dialogue_processor
-from depthlm_training.config import as_yaml
+from depthlm_training.config import as_yaml, load
 from depthlm_training.dense import DenseObjective
 from depthlm_training.dense_batches import DenseBatch
 from depthlm_training.dense_model import HeadSettings, load_dense
 from depthlm_training.dense_recipe import DenseRecipe
 from depthlm_training.packing import IGNORED, Batch
-from depthlm_training.recipes import kept_recipe, open_recipe
+from depthlm_training.recipes import recipe_file
 from depthlm_training.sft import TextObjective, TextRecipe
 from depthlm_training.states import POSITION, found, load_weights
 
@@ -41,6 +42,7 @@ from depthlm_training.states import POSITION, found, load_weights
 # 8 bits of each weight through all layers.
 TOLERANCES = {"float32": 1e-3, "bfloat16": 0.05}
 _CPU = torch.device("cpu")
+_OPENS = {TextRecipe: sft.open_objective, DenseRecipe: dense.open_objective}
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,25 @@ def export(
         check_answers(made, objective)
         shutil.move(made, folder)
     return Exported(folder, position["step"], difference, card)
+
+
+def kept_recipe(run: Path) -> TextRecipe | DenseRecipe:
+    """The recipe of a run.
+
+    Raises:
+        ConfigError: there is none, or it is damaged.
+    """
+    files = {kind: recipe_file(run, kind) for kind in _OPENS}
+    for kind, path in files.items():
+        if path.is_file():
+            return load(kind, [str(path)])
+    names = " or ".join(path.name for path in files.values())
+    raise ConfigError(f"{run} holds no {names}, so it is no run; give the folder of a training")
+
+
+def open_recipe(recipe: TextRecipe | DenseRecipe) -> TextObjective | DenseObjective:
+    """What a recipe trains, before any step; raises as the `open_objective` of its kind."""
+    return _OPENS[type(recipe)](recipe)
 
 
 def checkpoint_of(run: Path, step: int | None = None) -> Path:

@@ -24,7 +24,8 @@ from depthlm_training import dense
 from depthlm_training.asking import DEPTH
 from depthlm_training.config import load
 from depthlm_training.dense_recipe import DenseRecipe
-from depthlm_training.recipes import keep_recipe, open_recipe
+from depthlm_training.export import open_recipe
+from depthlm_training.recipes import keep_recipe
 from depthlm_training.sft import TextRecipe
 from depthlm_training.sft import dry_run as text_dry_run
 from depthlm_training.trainer import train
@@ -129,7 +130,7 @@ def finetune(recipe: TextRecipe | DenseRecipe, resume: bool = False) -> None:
     Raises as `open_objective` and `train` do.
     """
     objective = open_recipe(recipe)
-    keep_recipe(recipe)
+    keep_recipe(recipe, resume)
     train(objective, recipe.train, recipe.run, resume)
     if os.environ.get("RANK", "0") == "0":
         objective.save(recipe.run)

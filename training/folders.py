@@ -15,7 +15,7 @@ from depthlm_ros.engines.checkpoint import HEAD_PREFIX, Checkpoint
 
 # What a processor and a tokenizer read; weights, their index and other programs' formats stay behind.
 _FILES = ("*.json", "*.jinja", "*.txt", "*.model", "depthlm_card.yaml")
-_LEFT = ("*.index.json", "training*.json")
+_LEFT = ("*.index.json", "training*.json", "scores.json")
 TIED = "lm_head.weight"
 
 
@@ -51,4 +51,8 @@ def save_folder(
     }
     save_torch_state_dict(stored, folder, safe_serialization=True)
     written = checkpoint.config | {"dtype": str(dtype).removeprefix("torch.")} | dict(config or {})
-    (folder / "config.json").write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+    settings = folder / "config.json"
+    settings.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+    for file in folder.glob("*.safetensors"):
+        # safetensors lets nobody but the owner read, and a robot's node may be another user.
+        file.chmod(settings.stat().st_mode)
