@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from depthlm_ros.camera import Camera
 from depthlm_ros.depth import DEPTH_KINDS
 from depthlm_ros.errors import DatasetError, ImageError
-from depthlm_ros.photographs import read_photograph
+from depthlm_ros.photographs import UNREADABLE, read_photograph
 
 DEPTHLM_KEYS = ("image", "intrinsics", "pixel_coords", "depth")
 DEPTHVLM_KEYS = ("image", "depth_path", "depth_scale", "original_fx", "original_rgb_size")
@@ -166,6 +166,8 @@ class LabelledImages:
         image = _read_image(_find(row["image"], self._images, where, "--images"))
         height, width = image.shape[:2]
         original_width, original_height = (int(side) for side in row["original_rgb_size"])
+        if min(original_width, original_height) < 1:
+            raise DatasetError(f"{where}: original_rgb_size is {row['original_rgb_size']}; give [width, height]")
         if abs(width * original_height - height * original_width) > max(original_width, original_height):
             raise DatasetError(
                 f"{where}: the image is {width}x{height}, another shape than original_rgb_size "
@@ -192,7 +194,7 @@ class LabelledImages:
         depth_map = _read_depth(path, row, where)
         for key in ("mask_valid_path", "mask_transp_path"):
             if row.get(key):
-                mask = np.asarray(Image.open(_find(row[key], self._depths, where, "--depths")).convert("L"))
+                mask = _read_mask(_find(row[key], self._depths, where, "--depths"))
                 if mask.shape != depth_map.shape:
                     raise DatasetError(f"{where}: {key} is {mask.shape[::-1]}, the depth map {depth_map.shape[::-1]}")
                 depth_map = np.where(mask > 0, depth_map, 0)
@@ -250,8 +252,11 @@ def _recognise(row: dict, path: Path) -> str:
 def _find(name: str, folders: list[Path], where: str, option: str) -> Path:
     # A name with a slash in front is a path of its own or, as DepthLM's readers take it, below the folder all the same.
     for place in (folder / below for below in (name, name.lstrip("/")) for folder in folders):
-        if place.is_file():
-            return place
+        try:
+            if place.is_file():
+                return place
+        except OSError as error:
+            raise DatasetError(f"{where}: {str(name)[:80]!r} is no file name ({error.strerror})") from error
     looked = ", ".join(str(folder) for folder in folders)
     raise DatasetError(f"{where}: file {name!r} was not found in {looked}; name its folder with {option}")
 
@@ -278,11 +283,19 @@ def _read_depth(path: Path, row: dict, where: str) -> np.ndarray:
     try:
         with Image.open(path) as image:
             raw = np.asarray(image)
-    except (UnidentifiedImageError, OSError) as error:
+    except UNREADABLE as error:
         raise DatasetError(f"depth map {path} can't be read ({error}); replace the file") from error
     if raw.ndim != 2:
         raise DatasetError(f"{where}: depth map {path} has shape {raw.shape}; it must have one channel")
     return (raw / scale).astype(np.float32)
+
+
+def _read_mask(path: Path) -> np.ndarray:
+    try:
+        with Image.open(path) as image:
+            return np.asarray(image.convert("L"))
+    except UNREADABLE as error:
+        raise DatasetError(f"mask {path} can't be read ({error}); replace the file") from error
 
 
 def _points(row: dict, where: str) -> np.ndarray:

@@ -9,6 +9,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from depthlm_ros.errors import ImageError
 
+# What Pillow raises on files that aren't whole pictures; a damaged PNG's chunks are a SyntaxError to it.
+UNREADABLE = (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError)
 _SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
 
 
@@ -43,5 +45,5 @@ def read_photograph(path: str | Path, *, upright: bool = False) -> np.ndarray:
             return np.array(picture.convert("RGB"))
     except FileNotFoundError as error:
         raise ImageError(f"image {path} does not exist; give the path of a png or jpeg") from error
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError) as error:
+    except UNREADABLE as error:
         raise ImageError(f"image {path} can't be read ({error}); give a whole png or jpeg") from error

@@ -145,7 +145,9 @@ def test_a_faulty_row_is_named_with_its_line(tmp_path, changes, expected):
     [
         ({"depth_path": "none.png"}, "--depths"),
         ({"depth_scale": 0}, "depth_scale is 0"),
+        ({"depth_path": "n" * 5000}, "is no file name|was not found"),
         ({"original_rgb_size": [64, 64]}, "another shape than original_rgb_size 64x64"),
+        ({"original_rgb_size": [0, 0]}, r"original_rgb_size is \[0, 0\]"),
         ({"depth_format": "binary_float32"}, "floats, not 16x12|multiple"),
     ],
 )
@@ -153,6 +155,18 @@ def test_a_faulty_depth_map_is_named(tmp_path, changes, expected):
     rows = LabelledImages(write_depthvlm_labels(tmp_path, **changes))
     with pytest.raises(DatasetError, match=expected):
         rows[0]
+
+
+@pytest.mark.parametrize("name", ["depth.png", "mask.png"])
+def test_a_damaged_map_or_mask_is_named(tmp_path, name):
+    path = write_depthvlm_labels(tmp_path, depth_path="depth.png", mask_valid_path="mask.png")
+    for file in ("depth.png", "mask.png"):
+        Image.fromarray(np.full((12, 16), 255, np.uint8)).save(tmp_path / "depth" / file)
+    damaged = bytearray((tmp_path / "depth" / name).read_bytes())
+    damaged[37:41] = b"\0\0\0\0"  # the type of the chunk with the pixels
+    (tmp_path / "depth" / name).write_bytes(damaged)
+    with pytest.raises(DatasetError, match=f"{name} can't be read"):
+        LabelledImages(path)[0]
 
 
 def test_a_missing_key_is_named(tmp_path):
