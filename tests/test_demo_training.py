@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from depthlm_ros.camera import Camera
+from depthlm_ros.markers import draw_arrow
 from depthlm_ros.prompts import (
     answer_text,
     compact_answer,
@@ -22,15 +23,16 @@ from depthlm_ros.prompts import (
 )
 from depthlm_training import raycast
 from depthlm_training.demo import bank as data
-from depthlm_training.demo import dense
+from depthlm_training.demo import dense, loop
 from depthlm_training.demo import text as sft
 from depthlm_training.demo.__main__ import declare_compact
-from depthlm_training.demo.dense import DenseStage, train_dense
+from depthlm_training.demo.dense import train_dense
 from depthlm_training.demo.dialogue import IGNORED, Dialogue, ask
-from depthlm_training.demo.model import DemoNet, Size, patchify
+from depthlm_training.demo.model import DemoNet, Size
 from depthlm_training.demo.optim import save_state
-from depthlm_training.demo.stages import ALL_SIZES, WITH_COMPACT, TextStage
+from depthlm_training.demo.stages import DENSE, TEXT
 from depthlm_training.demo.text import answer_states, text_delta1, train_text
+from depthlm_training.demo.tower import look, patches
 from depthlm_training.demo.vocabulary import build_tokenizer, save_processor
 from depthlm_training.raycast import BOX, CYLINDER, SPHERE, Pose, Scene, render
 from depthlm_training.scenes import random_pose, random_scene, render_drive
@@ -200,28 +202,51 @@ def test_a_drilled_place_is_read_where_its_last_digit_has_been_seen(tokenizer, d
             assert text.endswith("({:.0f}, {:.0f}".format(*(2000 * share)))
 
 
-def test_a_stage_asks_in_turns_and_names_the_pixels_it_reads_depth_at(bank):
-    stage = replace(WITH_COMPACT, images=2, marked=2, questions=4, points=12)
-    seen = [ask(bank, stage, 0, step) for step in range(24)]
-    assert [asked.dialect for asked in seen[:4]] == ["compact", "coordinates", "compact", "marker"]
-    assert {asked.each for asked in seen if asked.dialect == "compact"} == {1, 2, 3, 4}
-    for asked in seen:
-        assert len(asked.questions) * asked.each == len(asked.points) == len(asked.image_of)
-        assert np.isfinite(asked.read(asked.depths)).all()
-        height, width = asked.depths.shape[1:]
-        if asked.dialect == "compact":
-            pixels = normalise_pixel(asked.points, width, height, 1000).tolist()
-            assert asked.questions == compact_questions(pixels, asked.each)
-    again = ask(bank, stage, 0, 5)
-    assert again.questions == seen[5].questions and torch.equal(again.images, seen[5].images)
+def test_a_step_asks_about_its_arrows_and_in_turns_about_other_images(bank):
+    stage = replace(TEXT, batch=8, images=2, questions=4, points=12)
+    each = set()
+    for step in range(16):
+        batch = data.make_batch(bank, stage.batch, 0, step, stage.marked)
+        groups = ask(batch, stage, 0, step)
+        assert [asked.dialect for asked in groups][-1] == stage.turns[step % 2]
+        for asked in groups:
+            assert len(asked.questions) * asked.each == len(asked.points)
+            depths = torch.from_numpy(batch.depths[asked.images])
+            assert (asked.read(depths) > 0).all()
+            marks = batch.marks[asked.images, 0]
+            if asked.dialect == "marker":
+                np.testing.assert_array_equal(asked.points, marks)
+                assert asked.questions == [marker_question()] * len(marks)
+            else:
+                assert (marks == -1).all()
+            if asked.dialect == "compact":
+                each.add(asked.each)
+                height, width = batch.depths.shape[1:]
+                first = asked.points[: len(asked.points) // len(asked.images)]
+                pixels = normalise_pixel(first, width, height, 1000).tolist()
+                assert asked.questions[: len(pixels) // asked.each] == compact_questions(pixels, asked.each)
+        again = ask(data.make_batch(bank, stage.batch, 0, step, stage.marked), stage, 0, step)
+        assert [a.questions for a in again] == [a.questions for a in groups]
+    assert each == {1, 2, 3, 4}
 
 
-def test_earlier_stages_ask_what_they_asked_before_there_was_a_compact_dialect(bank):
-    assert [ask(bank, TextStage(images=1, marked=1), 0, step).dialect for step in range(3)] == [
-        "coordinates", "coordinates", "marker",
-    ]  # fmt: skip
-    first = ask(bank, replace(ALL_SIZES, images=1, questions=2), 100, 0)
-    assert first.dialect == "coordinates" and first.each == 1 and len(first.questions) == 2
+def test_an_arrow_is_drawn_as_at_inference_and_the_same_larger(bank):
+    image = np.zeros((64, 96, 3), np.uint8)
+    once = image.copy()
+    data._draw_large(once, np.array([40, 30]), 1)
+    np.testing.assert_array_equal(once, draw_arrow(image, (40, 30)))
+    for size in (2, 3):
+        large = image.copy()
+        data._draw_large(large, np.array([40, 30]), size)
+        assert (large != 0).any(-1).sum() == 9 * size**2
+        assert not large[30, 40:].any() and large[30, 39].any()
+
+
+def test_cameras_of_every_shape_get_a_canvas_that_the_bank_can_fill():
+    rng, view = np.random.default_rng(0), data.View()
+    frames = [data.frame(rng) for _ in range(2000)]
+    assert all(w <= view.width and h <= view.height for w, h in frames)
+    assert {data.canvas(f) for f in frames} >= {(256, 192), (288, 160), (288, 224), (224, 128)}
 
 
 def test_rows_that_share_a_prefix_see_what_each_question_sees_alone(net, tokenizer):
@@ -240,6 +265,23 @@ def test_compact_rows_see_what_each_question_sees_alone(net, tokenizer, each):
     _rows_equal_stock(net, image, Dialogue(tokenizer).rows(questions, depths, True, "compact", each))
 
 
+def stock_patches(images: np.ndarray) -> torch.Tensor:
+    """What Qwen's image processor hands to the model: each frame twice."""
+    once = patches(torch.from_numpy(images)).reshape(-1, 3, 1, 16 * 16)
+    return once.expand(-1, 3, 2, 16 * 16).reshape(len(once), -1)
+
+
+def test_the_batched_tower_sees_what_the_stock_one_sees(net):
+    images = np.random.default_rng(0).integers(0, 255, (3, 64, 96, 3), dtype=np.uint8)
+    tower = net.vlm.model.visual
+    with torch.no_grad():
+        merged, stacked = look(tower, torch.from_numpy(images))
+        stock = tower(stock_patches(images), grid_thw=torch.tensor([[1, 4, 6]] * 3))
+    torch.testing.assert_close(merged.flatten(0, 1), stock.pooler_output, rtol=1e-4, atol=1e-5)
+    for ours, theirs in zip(stacked, stock.deepstack_features, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
 def _rows_equal_stock(net, image, rows):
     with torch.no_grad():
         encoded = net.encode(torch.from_numpy(image))
@@ -250,7 +292,7 @@ def _rows_equal_stock(net, image, rows):
             whole = torch.tensor([before + rows.ids[i, :length].tolist()])
             stock = net.vlm(
                 input_ids=whole,
-                pixel_values=patchify(torch.from_numpy(image)),
+                pixel_values=stock_patches(image),
                 image_grid_thw=torch.tensor([[1, 4, 6]]),
                 mm_token_type_ids=(whole == net.vlm.config.image_token_id).int(),
             ).logits[0, -length:]
@@ -270,7 +312,9 @@ def test_the_saved_checkpoint_answers_through_the_engine_as_in_training(net, tok
 
 
 def test_an_interrupted_stage_ends_with_the_same_weights(tokenizer, bank, tmp_path, monkeypatch):
-    stage = DenseStage(steps=4, batch=2, save_every=2)
+    stage = replace(DENSE, steps=4, batch=2, save_every=2)
+    monkeypatch.setattr(dense, "dense_delta1", lambda *_: 0.0)
+    monkeypatch.setattr(dense, "finder_error_px", lambda *_: 0.0)
     state_at_2 = tmp_path / "cut" / "dense.safetensors"
     state_at_2.parent.mkdir()
 
@@ -285,7 +329,7 @@ def test_an_interrupted_stage_ends_with_the_same_weights(tokenizer, bank, tmp_pa
             state_at_2.write_bytes(path.read_bytes())
 
     with monkeypatch.context() as patch:
-        patch.setattr(dense, "save_state", save_and_keep)
+        patch.setattr(loop, "save_state", save_and_keep)
         whole = train("whole")
     resumed = train("cut")  # finds what a run that was stopped after two of four steps leaves behind
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
@@ -299,14 +343,15 @@ def test_augmentation_keeps_depth_beside_its_pixel(bank):
     depth = (np.linspace(10, 200, 288)[None].repeat(192, 0) / 20).astype(np.float16)
     rng = np.random.default_rng(0)
     for _ in range(20):
-        out, deep = data._augmented(image, depth, 256, 192, 0.5, rng)
+        out, deep = data._augmented(image, depth, (250, 180), (256, 192), rng)
         known = np.isfinite(deep)
         assert np.corrcoef(out[..., 1][known].astype(float), deep[known])[0, 1] > 0.97
         assert out.shape == (192, 256, 3) and deep.shape == (192, 256)
 
 
 def test_a_stage_with_compact_runs_resumes_and_ends_with_the_same_weights(tokenizer, bank, tmp_path, monkeypatch):
-    stage = replace(WITH_COMPACT, steps=4, images=1, marked=2, questions=2, points=12, drill=12, save_every=2)
+    stage = replace(TEXT, steps=4, batch=3, images=1, questions=2, points=12, drill=12, save_every=2)
+    monkeypatch.setattr(sft, "finder_error_px", lambda *_: 0.0)
     monkeypatch.setattr(sft, "text_delta1", lambda *_: 0.0)
     monkeypatch.setattr(sft, "dense_delta1", lambda *_: 0.0)
     (tmp_path / "cut").mkdir()
@@ -322,11 +367,11 @@ def test_a_stage_with_compact_runs_resumes_and_ends_with_the_same_weights(tokeni
             (tmp_path / "cut" / path.name).write_bytes(path.read_bytes())
 
     with monkeypatch.context() as patch:
-        patch.setattr(sft, "save_state", save_and_keep)
+        patch.setattr(loop, "save_state", save_and_keep)
         whole = train("whole")
     resumed = train("cut")
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
-    row = json.loads((tmp_path / "cut" / "compact.jsonl").read_text())
+    row = json.loads((tmp_path / "cut" / "text.jsonl").read_text())
     assert row["step"] == 4 and {"compact", "coordinates", "marker", "dense"} <= row.keys()
 
 
@@ -344,8 +389,8 @@ def test_a_network_that_is_taught_one_number_says_it(tokenizer, bank):
         optimizer.step()
         optimizer.zero_grad()
     rng, truth = np.random.default_rng(5), []
-    for i in range(len(bank) - data.MONITOR, len(bank) - data.MONITOR + 8):
-        depth = bank[i][1][:, 16:272].astype(np.float32)
+    for i in range(8):
+        depth = bank[i][1][16:208, 16:272].astype(np.float32)
         points = sft.pick_points(depth, 4, rng, margin=5)
         truth.append(depth[points[:, 1], points[:, 0]])
     ratio = 2.5 / np.concatenate(truth)

@@ -154,10 +154,11 @@ def _trace(scene: Scene, camera: Camera, pose: Pose) -> tuple[np.ndarray, np.nda
         owner[np.isfinite(depth)] = 4
     else:
         low, high = scene.shell[:3], scene.shell[3:]
-        exits = np.stack([np.where(d > 0, high[i] - position[i], low[i] - position[i]) / d for i, d in enumerate(rays)])
-        axis = exits.argmin(0)
-        depth = exits.min(0)
-        owner = (2 * axis + (np.take_along_axis(rays, axis[None], 0)[0] > 0)).astype(np.int32)
+        for i, d in enumerate(rays):
+            leaves = np.where(d > 0, high[i] - position[i], low[i] - position[i]) / d
+            first = leaves < depth
+            depth = np.where(first, leaves, depth)
+            owner = np.where(first, 2 * i + (d > 0), owner)
     for i, (kind, centre, half, yaw) in enumerate(scene.shapes):
         window = _in_view(centre, half, position, rotation, camera, rays)
         if window is None:
@@ -171,13 +172,14 @@ def _trace(scene: Scene, camera: Camera, pose: Pose) -> tuple[np.ndarray, np.nda
     return _shade(scene, camera, position, rays, depth, owner, seen), depth
 
 
-def _normals(scene: Scene, points: np.ndarray, owner: np.ndarray) -> np.ndarray:
+def _normals(scene: Scene, segments: list[tuple[int, slice]], points: np.ndarray) -> np.ndarray:
+    """Outward normals (3, N) of points (3, N) in segments of one owner each; inward ones of the shell."""
     normals = np.zeros_like(points)
-    for face, (axis, sign) in enumerate([(0, 1), (0, -1), (1, 1), (1, -1), (2, 1), (2, -1)]):
-        normals[axis][owner == face] = sign
-    for i in np.unique(owner[owner >= 6]):
-        kind, centre, half, yaw = scene.shapes[i - 6]
-        mine = owner == i
+    for who, mine in segments:
+        if who < 6:
+            normals[who // 2, mine] = 1 if who % 2 == 0 else -1
+            continue
+        kind, centre, half, yaw = scene.shapes[who - 6]
         p = points[:, mine] - centre[:, None]
         c, s = np.cos(yaw), np.sin(yaw)
         if kind == SPHERE:
@@ -195,67 +197,99 @@ def _normals(scene: Scene, points: np.ndarray, owner: np.ndarray) -> np.ndarray:
     return normals
 
 
-def _hash(cells: np.ndarray) -> np.ndarray:
-    x, y, z = cells.astype(np.int64)
+def _hash(x, y, z) -> np.ndarray:
+    x, y, z = (np.asarray(a).astype(np.int64) for a in (x, y, z))
     h = (x * 73856093) ^ (y * 19349663) ^ (z * 83492791)
     return ((h * 2654435761 >> 8) & 1023).astype(np.float32) / 1023
 
 
+def _mix(pattern: int, q: np.ndarray, normals: np.ndarray) -> np.ndarray | float:
+    """Which of its two colours a material shows at (3, N) places in units of its pattern: 0 the first, 1 the second."""
+    if pattern == PLAIN:
+        return 0.0
+    if pattern == PLANKS:
+        return _hash(np.floor(np.where(np.abs(normals[2]) > 0.5, q[0], q[2])), 0, 0)
+    flat = np.abs(normals) > 0.95
+    if pattern == MOTTLED:
+        return _hash(*np.where(flat, 0, np.floor(q * 3)))
+    cells = np.floor(q)
+    if pattern == CHECKER:
+        x, y, z = np.where(flat, 0, cells).astype(np.int32)
+        return ((x + y + z) & 1).astype(np.float32)
+    x, y, z = np.where(flat, np.float32(0.5), q - cells)
+    near, far = np.minimum(np.minimum(x, y), z) < 0.07, np.maximum(np.maximum(x, y), z) > 0.95
+    return (near | far).astype(np.float32)
+
+
 def _albedo(
-    scene: Scene, points: np.ndarray, normals: np.ndarray, owner: np.ndarray, footprint: np.ndarray
+    scene: Scene, segments: list[tuple[int, slice]], points: np.ndarray, normals: np.ndarray, footprint: np.ndarray
 ) -> np.ndarray:
     """Solid textures with their contrast faded where a pixel covers more than the pattern resolves."""
-    pattern = np.array([m[0] for m in scene.materials])[owner]
-    c0 = np.array([m[1] for m in scene.materials]).T[:, owner]
-    c1 = np.array([m[2] for m in scene.materials]).T[:, owner]
-    size = np.array([m[3] for m in scene.materials], np.float32)[owner]
-    q = (points + np.float32(0.013)) / size
-    flat = np.abs(normals) > 0.95
-    cells = np.floor(q)
-    frac = q - cells
-    mix = np.zeros(owner.shape, np.float32)
-    checker = pattern == CHECKER
-    parity = np.where(flat, 0, cells).sum(0).astype(np.int64) & 1
-    mix[checker] = parity[checker]
-    lines = pattern == TILES
-    groove = (np.where(flat, 0.5, frac).min(0) < 0.07) | (np.where(flat, 0.5, frac).max(0) > 0.95)
-    mix[lines] = groove[lines]
-    planks = pattern == PLANKS
-    along = np.where(np.abs(normals[2]) > 0.5, cells[0], cells[2])
-    mix[planks] = _hash(np.stack([along, along * 0, along * 0]))[planks]
-    mottled = pattern == MOTTLED
-    mix[mottled] = _hash(np.where(flat, 0, np.floor(q * 3)))[mottled]
-    fade = np.clip(1.4 - 1.6 * footprint / size, 0, 1)
-    mean = np.where(lines, 0.18, 0.5)
-    return c0 + (c1 - c0) * (mean + (mix - mean) * fade)
+    albedo = np.empty_like(points)
+    for who, mine in segments:
+        pattern, c0, c1, size = scene.materials[who]
+        size = np.float32(size)
+        mix = _mix(pattern, (points[:, mine] + np.float32(0.013)) / size, normals[:, mine])
+        fade = np.clip(1.4 - 1.6 * footprint[mine] / size, 0, 1)
+        mean = np.float32(0.18 if pattern == TILES else 0.5)
+        albedo[:, mine] = c0[:, None] + (c1 - c0)[:, None] * (mean + (mix - mean) * fade)
+    return albedo
+
+
+def _length(vectors: np.ndarray) -> np.ndarray:
+    x, y, z = vectors
+    return np.sqrt(x * x + y * y + z * z)
+
+
+def _dot(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return a[0] * b[0] + a[1] * b[1] + a[2] * b[2]
+
+
+def _shadow(scene: Scene, rays: np.ndarray) -> np.ndarray:
+    """Whether a shape stands on the way (N,) along (3, N) rays from the light to the points."""
+    rays = np.where(np.abs(rays) < 1e-6, np.float32(1e-6), rays)
+    length = _length(rays)
+    shadow = np.zeros(length.shape, bool)
+    for kind, centre, half, yaw in scene.shapes:
+        if scene.shell is not None and half.min() < 0.05 and kind == BOX:
+            continue  # doors and windows lie in the walls
+        way = centre - scene.light
+        outside = way @ way - (1.01 * np.linalg.norm(half)) ** 2
+        # Only rays within the cone around the shape's bounding sphere can meet it.
+        near = np.flatnonzero(_dot(rays, way) > length * np.sqrt(outside)) if outside > 0 else np.arange(len(length))
+        if len(near):
+            shadow[near] |= _intersect(kind, centre, half, yaw, scene.light, rays[:, near]) < 0.995
+    return shadow
 
 
 def _shade(scene, camera, position, rays, depth, owner, seen) -> np.ndarray:
     colour = np.broadcast_to(scene.sky, (*depth.shape, 3)).copy()
     if scene.shell is None:  # a paler horizon
-        up = np.clip(rays[2] / np.linalg.norm(rays, axis=0), 0, 1)[..., None]
+        up = np.clip(rays[2] / _length(rays), 0, 1)[..., None]
         colour = colour * (0.6 + 0.4 * up) + (1 - up) * 0.32
-    t, who = depth[seen], owner[seen]
-    points = position[:, None] + rays[:, seen] * t
-    normals = _normals(scene, points, who)
-    slant = np.abs((normals * rays[:, seen]).sum(0)) / np.linalg.norm(rays[:, seen], axis=0)
-    albedo = _albedo(scene, points, normals, who, t / camera.fx / np.maximum(slant, 0.15))
+    places = np.flatnonzero(seen)
+    if len(places) == 0:
+        return colour
+    who = owner.ravel()[places].astype(np.int16)
+    order = np.argsort(who, kind="stable")  # pixels of one shape stand together from here on
+    places, who = places[order], who[order]
+    edges = [0, *(np.flatnonzero(np.diff(who)) + 1).tolist(), len(who)]
+    segments = [(int(who[a]), slice(a, b)) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    t, rays = depth.ravel()[places], rays.reshape(3, -1)[:, places]
+    points = position[:, None] + rays * t
+    normals = _normals(scene, segments, points)
+    slant = np.abs(_dot(normals, rays)) / _length(rays)
+    albedo = _albedo(scene, segments, points, normals, t / camera.fx / np.maximum(slant, 0.15))
     to_light = scene.light[:, None] - points
-    distance = np.linalg.norm(to_light, axis=0)
-    lambert = np.clip((normals * to_light).sum(0) / distance, 0, 1)
-    shadow = np.zeros(who.shape, bool)
-    rays_from_light = -to_light + (normals * np.float32(0.02))
-    rays_from_light = np.where(np.abs(rays_from_light) < 1e-6, np.float32(1e-6), rays_from_light)
-    for kind, centre, half, yaw in scene.shapes:
-        if scene.shell is not None and half.min() < 0.05 and kind == BOX:
-            continue  # doors and windows lie in the walls
-        shadow |= _intersect(kind, centre, half, yaw, scene.light, rays_from_light) < 0.995
-    lambert[shadow] = 0
+    distance = _length(to_light)
+    lambert = np.clip(_dot(normals, to_light) / distance, 0, 1)
+    lit = np.flatnonzero(lambert)
+    lambert[lit[_shadow(scene, normals[:, lit] * np.float32(0.02) - to_light[:, lit])]] = 0
     if scene.shell is not None:
         lambert *= np.minimum(2.2, 9 / (3 + distance**2) + 0.35)
     shaded = (albedo * (scene.ambient + (1 - scene.ambient) * lambert)).T
     if scene.haze_per_m:
         veil = np.exp(-scene.haze_per_m * t)[:, None]
         shaded = shaded * veil + (scene.sky * 0.6 + 0.32) * (1 - veil)
-    colour[seen] = shaded
+    colour.reshape(-1, 3)[places] = shaded
     return colour

@@ -1,15 +1,17 @@
-"""Makes `models/demo` again, from nothing: scenes, four stages, scores, card. One command:
+"""Makes `models/demo` again: scenes, two stages, scores, card. One command:
 
     python -m depthlm_training.demo --run runs/demo --out models/demo
 
-Interrupted, the same command goes on where it stopped; a run folder that holds the states of the first stages only goes
-on with the next. `--smoke` runs every stage for a few steps, to see it work.
+Interrupted, the same command goes on where it stopped; a run folder that holds the state of the first stage only goes
+on with the second. `--start models/demo` begins with weights that are there instead of with random ones. `--smoke` runs
+every stage for a few steps, to see it work.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import re
 import time
@@ -20,54 +22,50 @@ from pathlib import Path
 import torch
 
 from depthlm_training.demo.bank import SHARD, SceneBank, render_bank
-from depthlm_training.demo.dense import DenseStage, train_dense
+from depthlm_training.demo.dense import train_dense
 from depthlm_training.demo.model import DemoNet
-from depthlm_training.demo.optim import load_state
 from depthlm_training.demo.score import MARKER_POINTS, POINTS, SCENES, score
-from depthlm_training.demo.stages import ALL_SIZES, WITH_COMPACT, TextStage
+from depthlm_training.demo.stages import DENSE, TEXT, Stage, TextStage
 from depthlm_training.demo.text import train_text
 from depthlm_training.demo.vocabulary import build_tokenizer, save_processor
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides what the checkpoint becomes."""
+    """Everything that decides what the checkpoint becomes, but for the weights it begins with."""
 
     seed: int = 0
-    scenes: int = 14_000
-    dense: DenseStage = DenseStage()
-    text: TextStage = TextStage()
-    sizes: TextStage = ALL_SIZES
-    compact: TextStage = WITH_COMPACT
+    scenes: int = 16_000
+    dense: Stage = DENSE
+    text: TextStage = TEXT
 
 
-_FEW = {"steps": 4, "images": 2, "questions": 4, "marked": 2, "points": 12, "save_every": 4}
+_FEW = {"steps": 4, "batch": 4, "save_every": 2}
 SMOKE = Recipe(
     scenes=SHARD,
-    dense=replace(DenseStage(), steps=4, batch=4, save_every=2),
-    text=replace(TextStage(), **_FEW),
-    sizes=replace(ALL_SIZES, **_FEW),
-    compact=replace(WITH_COMPACT, **_FEW),
+    dense=replace(DENSE, **_FEW),
+    text=replace(TEXT, images=2, questions=4, points=12, drill=24, **_FEW),
 )
 
 
-def make(recipe: Recipe, run: Path, out: Path) -> None:
+def make(recipe: Recipe, run: Path, out: Path, start: Path | None, device: str, workers: int) -> None:
     """Runs what is left to run of a recipe and writes the checkpoint.
 
     Args:
         run: holds scenes, states and the course of training; give the same folder to go on.
         out: the checkpoint's folder.
+        start: checkpoint folder with the weights to begin with; None begins with random ones.
+        device: as torch names it.
+        workers: processes that make batches ahead.
     """
     tokenizer = build_tokenizer()
     net = DemoNet(tokenizer, seed=recipe.seed)
+    if start is not None:
+        net.load(start)
+    net.to(device)
     bank = SceneBank(render_bank(run / "scenes", recipe.scenes, recipe.seed), recipe.scenes)
-    train_dense(net, bank, recipe.dense, run, recipe.seed)
-    load_state(run / "dense.safetensors", net)
-    train_text(net, tokenizer, bank, recipe.text, run, recipe.seed)
-    earlier = recipe.text
-    for seed, stage in ((recipe.seed + 100, recipe.sizes), (recipe.seed + 200, recipe.compact)):
-        train_text(net, tokenizer, bank, stage, run, seed, start=run / f"{earlier.name}.safetensors")
-        earlier = stage
+    train_dense(net, bank, recipe.dense, run, recipe.seed, workers)
+    train_text(net, tokenizer, bank, recipe.text, run, recipe.seed, workers)
     net.save(out)
     save_processor(out, tokenizer)
 
@@ -112,14 +110,13 @@ factor of 1.25. What knows no image reaches: best constant **{best_constant:.3f}
 
 ## Made by
 
-    python -m depthlm_training.demo --run runs/demo --out models/demo
+    python -m depthlm_training.demo --run runs/demo --out models/demo{start}
 
-Seed {recipe.seed}; {recipe.scenes} rendered scenes. Stage 1 (dense): {recipe.dense.steps} steps of {recipe.dense.batch}
-images, {dense_minutes:.0f} minutes. Stage 2 (text): {recipe.text.steps} steps of {recipe.text.images} images with
-{recipe.text.questions} questions each, every third step {recipe.text.marked} marked images with one question each
-instead, {text_minutes:.0f} minutes. Stage 3 (all image sizes): {recipe.sizes.steps} steps, every second one of marked
-images, {sizes_minutes:.0f} minutes. Stage 4 (compact): {recipe.compact.steps} steps, every second one compact with
-{recipe.compact.points} points an image, the others as in stage 3, {compact_minutes:.0f} minutes. Machine: {machine}.
+Seed {recipe.seed}; {recipe.scenes} rendered scenes, begun with {begun}. Stage 1 (dense):
+{recipe.dense.steps} steps of {recipe.dense.batch} images, {dense_minutes:.0f} minutes. Stage 2 (text):
+{recipe.text.steps} steps of {recipe.text.batch} images, {marked:.0f} % of them with an arrow and a question about it,
+{recipe.text.images} others with {recipe.text.questions} questions in text coordinates or {recipe.text.points} compact
+points each, {text_minutes:.0f} minutes. Machine: {machine}.
 It did other work at the same time, so the minutes are an upper bound.
 `python -m depthlm_training.demo.score models/demo` measures the table again.
 """
@@ -127,7 +124,7 @@ It did other work at the same time, so the minutes are an upper bound.
 ROW = "| {} | {:.3f} ({:.3f} to {:.3f}) | {:+.3f} | {:.3f} | {:.2f} | {} of {} |"
 
 
-def write_card(recipe: Recipe, run: Path, out: Path, figures: dict) -> None:
+def write_card(recipe: Recipe, run: Path, out: Path, figures: dict, start: Path | None, device: str) -> None:
     """Writes what was measured: the folder's README (for people), `scores.json`, the scores of its YAML card."""
     columns = ("delta1", "low", "high", "above_baselines", "abs_rel", "rmse_m", "answered", "asked")
     rows = []
@@ -136,6 +133,10 @@ def write_card(recipe: Recipe, run: Path, out: Path, figures: dict) -> None:
     for name, scores in named.items():
         scores = dict(zip(("low", "high"), scores["delta1_95"], strict=True)) | scores
         rows.append(ROW.format(name, *(scores[column] for column in columns)))
+    if torch.device(device).type == "cuda":
+        machine = torch.cuda.get_device_name(device)
+    else:
+        machine = f"{len(os.sched_getaffinity(0))} core(s), no GPU"
     card = CARD.format(
         parameters=figures["parameters"] / 1e6,
         scenes=SCENES,
@@ -147,10 +148,11 @@ def write_card(recipe: Recipe, run: Path, out: Path, figures: dict) -> None:
         recipe=recipe,
         dense_minutes=seconds_spent(run / "dense.jsonl") / 60,
         text_minutes=seconds_spent(run / "text.jsonl") / 60,
-        sizes_minutes=seconds_spent(run / "sizes.jsonl") / 60,
-        compact_minutes=seconds_spent(run / "compact.jsonl") / 60,
-        each=max(recipe.compact.each),
-        machine=f"{platform.machine()}, {torch.get_num_threads()} cores, no GPU, torch {torch.__version__}",
+        start=f" --start {start.name}" if start else "",
+        begun=f"the weights of {start.name}" if start else "random weights",
+        marked=100 * recipe.text.marked,
+        each=max(recipe.text.each),
+        machine=f"{platform.machine()}, {machine}, torch {torch.__version__}",
     )
     (out / "README.md").write_text(card, encoding="utf-8")
     (out / "scores.json").write_text(json.dumps(figures | {"recipe": asdict(recipe)}, indent=2) + "\n")
@@ -172,18 +174,21 @@ def declare_compact(card: Path, each: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Makes the demonstration model again, from nothing.")
+    parser = argparse.ArgumentParser(description="Makes the demonstration model again.")
     parser.add_argument("--run", type=Path, default=Path("runs/demo"), help="scenes, states, course of training")
     parser.add_argument("--out", type=Path, default=Path("models/demo"), help="the checkpoint's folder")
+    parser.add_argument("--start", type=Path, help="checkpoint folder with the weights to begin with")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--workers", type=int, default=0, help="processes that make batches ahead; some for a GPU")
     parser.add_argument("--smoke", action="store_true", help="a few steps of every stage, no scores")
     args = parser.parse_args()
     recipe = SMOKE if args.smoke else Recipe()
     began = time.time()
-    make(recipe, args.run, args.out)
+    make(recipe, args.run, args.out, args.start, args.device, args.workers)
     if not args.smoke:
         if args.out.with_suffix(".yaml").exists():
-            declare_compact(args.out.with_suffix(".yaml"), max(recipe.compact.each))
-        write_card(recipe, args.run, args.out, score(str(args.out), recipe.seed))
+            declare_compact(args.out.with_suffix(".yaml"), max(recipe.text.each))
+        write_card(recipe, args.run, args.out, score(str(args.out), recipe.seed), args.start, args.device)
     print(f"wrote {args.out} in {(time.time() - began) / 60:.0f} minutes")
 
 

@@ -1,4 +1,4 @@
-"""A bank of rendered scenes on disk: made once, in pieces that survive an interruption, read without copying.
+"""A bank of rendered scenes on disk: made once, in pieces that survive an interruption, mapped and not read.
 
 Every scene is drawn from `numpy.random.default_rng([seed, split, index])`, so a bank is the same whoever renders it,
 in whatever order and on however many processes.
@@ -15,14 +15,17 @@ import numpy as np
 from tqdm import tqdm
 
 from depthlm_ros.camera import Camera
+from depthlm_ros.markers import ARROW_COLOUR, ARROW_OFFSETS, MARGIN_PX
+from depthlm_training.demo.tower import TOKEN_PX
 from depthlm_training.raycast import render
 from depthlm_training.scenes import random_pose, random_scene
 
 SPLITS = {"train": 0, "held_out": 1}
-Canvases = tuple[tuple[tuple[int, int], float], ...]
+FIELDS_DEG = (52.0, 71.0)  # horizontal fields of view of the cameras
+ASPECTS = (4 / 3, 4 / 3, 16 / 10, 16 / 9)  # of their images
 
-MONITOR = 128  # the bank's last scenes are never trained on; the course of training is watched on them
-SHARD = 250  # scenes a file: 250 x 288 x 192 x 5 bytes = 69 MB
+MONITOR = 128  # the bank's first scenes are never trained on; the course of training is watched on them
+SHARD = 250  # scenes a shard: 250 x 288 x 224 x 5 bytes = 81 MB
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class View:
     """The camera every bank image is rendered with: the demo model's unified focal length, so nothing is resampled."""
 
     width: int = 288
-    height: int = 192
+    height: int = 224
     focal_px: float = 200.0
 
     @property
@@ -50,21 +53,25 @@ def scene_rng(seed: int, split: str, index: int) -> np.random.Generator:
     return np.random.default_rng([seed, SPLITS[split], index])
 
 
-def _render_shard(folder: str, seed: int, shard: int, view: View) -> int:
-    path = Path(folder) / f"{shard:05d}.npz"
-    if path.exists():
-        return shard
+def _files(folder: Path, shard: int) -> tuple[Path, Path]:
+    return folder / f"{shard:05d}.images.npy", folder / f"{shard:05d}.depths.npy"
+
+
+def _render_shard(folder: str, seed: int, shard: int, view: View) -> None:
+    paths = _files(Path(folder), shard)
+    if all(path.exists() for path in paths):
+        return
     images = np.empty((SHARD, view.height, view.width, 3), np.uint8)
     depths = np.empty((SHARD, view.height, view.width), np.float16)
     for i in range(SHARD):
         rng = scene_rng(seed, "train", shard * SHARD + i)
         scene = random_scene(rng)
         images[i], depths[i] = render(scene, view.camera, random_pose(rng, scene))
-    part = path.with_suffix(".part")
-    with part.open("wb") as file:
-        np.savez(file, images=images, depths=depths)
-    os.replace(part, path)  # a killed renderer leaves no half shard behind
-    return shard
+    for path, array in zip(paths, (images, depths), strict=True):
+        part = path.with_suffix(".part")
+        with part.open("wb") as file:
+            np.save(file, array)
+        os.replace(part, path)  # a killed renderer leaves no half file behind
 
 
 def render_bank(folder: Path, scenes: int, seed: int, view: View | None = None, processes: int | None = None) -> Path:
@@ -84,71 +91,102 @@ def render_bank(folder: Path, scenes: int, seed: int, view: View | None = None, 
 
 
 class SceneBank:
-    """All scenes of a folder in memory; `[i]` is ((H, W, 3) uint8, (H, W) float16 z-depth, NaN for sky)."""
+    """The scenes of a folder, mapped; `[i]` is ((H, W, 3) uint8, (H, W) float16 z-depth, NaN for sky)."""
 
     def __init__(self, folder: Path, scenes: int) -> None:
-        shards = [np.load(folder / f"{i:05d}.npz", allow_pickle=False) for i in range(-(-scenes // SHARD))]
-        self.images = np.concatenate([s["images"] for s in tqdm(shards, desc="reading scenes", unit="shard")])
-        self.depths = np.concatenate([s["depths"] for s in shards])
+        shards = range(-(-scenes // SHARD))
+        self.shards = [[np.load(path, mmap_mode="r") for path in _files(folder, i)] for i in shards]
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.shards) * SHARD
 
     def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
-        return self.images[i], self.depths[i]
+        images, depths = self.shards[i // SHARD]
+        return images[i % SHARD], depths[i % SHARD]
+
+
+def frame(rng: np.random.Generator) -> tuple[int, int]:
+    """(width, height) of what a random camera's image becomes at the unified focal length."""
+    width = 2 * View.focal_px * np.tan(np.radians(rng.uniform(*FIELDS_DEG)) / 2)
+    return round(width), round(width / rng.choice(ASPECTS) * rng.uniform(0.98, 1.02))
+
+
+def canvas(size: tuple[int, int]) -> tuple[int, int]:
+    """(width, height) of the canvas that a frame is padded to: whole tokens."""
+    return -(-size[0] // TOKEN_PX) * TOKEN_PX, -(-size[1] // TOKEN_PX) * TOKEN_PX
 
 
 @dataclass(frozen=True)
 class Batch:
-    """`images` (B, H, W, 3) uint8 and `depths` (B, H, W) float32 metres, NaN where unknown; H, W multiples of 32."""
+    """Augmented images of one size.
+
+    Attributes:
+        images: (B, H, W, 3) uint8, H and W multiples of 32.
+        depths: (B, H, W) float32 metres, NaN where unknown.
+        marks: (B, A, 2) whole `(u, v)` that drawn arrows point at, -1 where none is drawn.
+    """
 
     images: np.ndarray
     depths: np.ndarray
-
-
-# (width, height) of the padded image, and how often. First the two that are most common: 640x480 at 65 degrees, 16:9 at
-# 70 degrees; then all that 4:3, 16:10 and 16:9 cameras of 52 to 71 degrees become.
-CANVASES = (((256, 192), 0.85), ((288, 160), 0.15))
-
-
-ALL_CANVASES = (
-    ((256, 192), 0.25),
-    ((224, 128), 0.1),
-    ((224, 160), 0.15),
-    ((224, 192), 0.05),
-    ((256, 128), 0.05),
-    ((256, 160), 0.15),
-    ((288, 160), 0.15),
-    ((288, 192), 0.1),
-)
+    marks: np.ndarray
 
 
 def make_batch(
-    bank: SceneBank, size: int, seed: int, step: int, canvases: Canvases = CANVASES, narrower: float = 0.3
+    bank: SceneBank, size: int, seed: int, step: int, marked: float = 0.0, arrows: int = 1, largest: int = 1
 ) -> Batch:
     """The augmented batch of a step: the same one however often the run was interrupted.
 
     Augmentation keeps the geometry true: mirror images, colour, blur (what antialiased downscaling does to a real
-    photograph), noise, and centred crops to narrower fields of view, padded as `unify(policy="exact")` pads.
+    photograph), noise, and crops to the frames of other cameras, padded as `unify(policy="exact")` pads.
 
     Args:
-        canvases: sizes of the padded images, with their shares.
-        narrower: share of the images that don't fill their canvas.
+        bank: its first `MONITOR` scenes are left out.
+        size: images.
+        marked: share of the images that arrows are drawn on.
+        arrows: how many at most.
+        largest: they are drawn up to so many times their size.
     """
     rng = np.random.default_rng([seed, 7, step])
-    width, height = canvases[rng.choice(len(canvases), p=[p for _, p in canvases])][0]
-    pairs = [_augmented(*bank[i], width, height, narrower, rng) for i in rng.integers(0, len(bank) - MONITOR, size)]
-    return Batch(np.stack([p[0] for p in pairs]), np.stack([p[1] for p in pairs]))
+    frames = [frame(rng)]
+    shared = canvas(frames[0])
+    while len(frames) < size:
+        frames += [f for f in [frame(rng)] if canvas(f) == shared]
+    images = np.empty((size, shared[1], shared[0], 3), np.uint8)
+    depths = np.empty(images.shape[:3], np.float32)
+    marks = np.full((size, arrows, 2), -1)
+    for i, scene in enumerate(rng.integers(MONITOR, len(bank), size)):
+        images[i], depths[i] = _augmented(*bank[scene], frames[i], shared, rng)
+        if rng.random() < marked:
+            for k in range(rng.integers(1, arrows + 1)):
+                marks[i, k] = _mark(depths[i], frames[i], rng)
+                _draw_large(images[i], marks[i, k], int(rng.integers(1, largest + 1)))
+    return Batch(images, depths, marks)
+
+
+def _mark(depth: np.ndarray, size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
+    """A place for an arrow, where depth is known if that is easy to find."""
+    for _ in range(8):
+        u, v = rng.integers(MARGIN_PX, (size[0] - MARGIN_PX, size[1] - MARGIN_PX))
+        if np.isfinite(depth[v, u]):
+            break
+    return np.array([u, v])
+
+
+def _draw_large(image: np.ndarray, mark: np.ndarray, size: int) -> None:
+    """Draws the marker's arrow, each of its pixels as a square of size x size; as at inference if size is 1."""
+    square = np.stack(np.meshgrid(np.arange(size), np.arange(size) - size // 2), -1).reshape(-1, 2)
+    u, v = (mark + size * ARROW_OFFSETS[:, None] + square).reshape(-1, 2).T
+    inside = (u >= 0) & (v >= 0) & (v < image.shape[0])
+    image[v[inside], u[inside]] = ARROW_COLOUR
 
 
 def _augmented(
-    image: np.ndarray, depth: np.ndarray, width: int, height: int, narrower: float, rng: np.random.Generator
+    image: np.ndarray, depth: np.ndarray, size: tuple[int, int], onto: tuple[int, int], rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    full_h, full_w = depth.shape
-    w, h = width, height
-    if rng.random() < narrower:
-        w, h = int(rng.integers(width - 31, width + 1)), int(rng.integers(height - 31, height + 1))
-    left, top = (full_w - w) // 2, (full_h - h) // 2
+    (w, h), (full_h, full_w) = size, depth.shape
+    # A real principal point is a little off the middle.
+    left = int(np.clip((full_w - w) // 2 + round(rng.normal(0, 2)), 0, full_w - w))
+    top = int(np.clip((full_h - h) // 2 + round(rng.normal(0, 2)), 0, full_h - h))
     image, depth = image[top : top + h, left : left + w], depth[top : top + h, left : left + w].astype(np.float32)
     if rng.random() < 0.5:
         image, depth = image[:, ::-1], depth[:, ::-1]
@@ -158,9 +196,9 @@ def _augmented(
             pixels[:-2, 1:-1] + pixels[2:, 1:-1] + pixels[1:-1, :-2] + pixels[1:-1, 2:]
         )
     gain = rng.uniform(0.75, 1.25) * rng.uniform(0.92, 1.08, 3)
-    pixels = pixels * gain.astype(np.float32) + rng.uniform(-12, 12)
+    pixels = pixels * gain.astype(np.float32) + np.float32(rng.uniform(-12, 12))
     if rng.random() < 0.3:
-        pixels += rng.normal(0, rng.uniform(0, 6), pixels.shape).astype(np.float32)
+        pixels += rng.standard_normal(pixels.shape, np.float32) * np.float32(rng.uniform(0, 6))
     image = np.clip(pixels, 0, 255).astype(np.uint8)
-    pad = ((0, height - h), (0, width - w))
+    pad = ((0, onto[1] - h), (0, onto[0] - w))
     return np.pad(image, (*pad, (0, 0)), mode="edge"), np.pad(depth, pad, constant_values=np.nan)

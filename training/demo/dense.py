@@ -1,35 +1,26 @@
 """Stage 1: every pixel is a label. The whole network learns log-depth through the dense head.
 
 A dense map teaches thousands of depths an image where a text answer teaches one; text is taught afterwards, to a
-network that already sees depth (`sft.py`).
+network that already sees depth (`text.py`).
 """
 
 from __future__ import annotations
 
-import json
-import time
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
+from torch import nn
 
-from depthlm_training.demo.bank import MONITOR, SceneBank, make_batch
+from depthlm_ros.markers import MARGIN_PX, draw_arrow
+from depthlm_training.demo.bank import MONITOR, Batch, SceneBank, make_batch
+from depthlm_training.demo.loop import run_stage
 from depthlm_training.demo.model import DemoNet, Encoded
-from depthlm_training.demo.optim import Optimizer, Schedule, load_state, save_state
+from depthlm_training.demo.stages import Stage
+from depthlm_training.demo.tower import TOKEN_PX
 
-
-@dataclass(frozen=True)
-class DenseStage:
-    """What stage 1 is run with."""
-
-    steps: int = 800
-    batch: int = 16
-    muon_lr: float = 5e-3
-    adamw_lr: float = 1.5e-3
-    probe_weight: float = 0.3
-    save_every: int = 200
+_AT_ONCE = 8  # monitor scenes
 
 
 def dense_loss(net: DemoNet, encoded: Encoded, depths: torch.Tensor, probe_weight: float) -> torch.Tensor:
@@ -48,51 +39,87 @@ def dense_loss(net: DemoNet, encoded: Encoded, depths: torch.Tensor, probe_weigh
     return loss + probe_weight * (near * known[:, coarse, coarse]).sum() / known[:, coarse, coarse].sum()
 
 
+def finder_loss(net: DemoNet, encoded: Encoded, marks: torch.Tensor, depths: torch.Tensor) -> torch.Tensor:
+    """Mean errors of the finder over arrows: which token (cross entropy), where in it, and log-depth there.
+
+    Args:
+        marks: (B, A, 2) whole `(u, v)`, -1 where no arrow is drawn.
+        depths: (B, H, W) metres, NaN where unknown.
+    """
+    image, which = (marks[..., 0] >= 0).nonzero().unbind(1)
+    if len(image) == 0:
+        return encoded.merged.new_zeros(())
+    u, v = marks[image, which].unbind(1)
+    token = v // TOKEN_PX * encoded.grid[1] + u // TOKEN_PX
+    found = net.found(encoded).float()
+    loss = nn.functional.cross_entropy(found[image][..., 0], token)
+    there = found[image, token]
+    within = torch.stack([u, v], 1) % TOKEN_PX / TOKEN_PX
+    loss = loss + (there[:, 1:3] - within).abs().mean()
+    truth = depths[image, v, u].log()
+    return loss + torch.where(truth.isfinite(), (there[:, 3] - truth).abs(), 0.0).mean()
+
+
+def see(net: DemoNet, batch: Batch, stage: Stage) -> tuple[Encoded, torch.Tensor, torch.Tensor]:
+    """Runs a batch; returns it encoded, its depths (B, H, W) where the network is, and what seeing costs."""
+    images, depths, marks = (torch.from_numpy(x).to(net.device) for x in (batch.images, batch.depths, batch.marks))
+    encoded = net.encode(images)
+    loss = dense_loss(net, encoded, depths, stage.probe_weight)
+    return encoded, depths, loss + stage.finder_weight * finder_loss(net, encoded, marks, depths)
+
+
+def monitor_scenes(bank: SceneBank, scenes: int = MONITOR) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Scenes that are never trained on, a few at once: (B, 192, 256, 3) uint8 and (B, 192, 256) metres."""
+    rows, columns = slice(16, 208), slice(16, 272)
+    batches = []
+    for start in range(0, scenes, _AT_ONCE):
+        pairs = [bank[i] for i in range(start, start + _AT_ONCE)]
+        images, depths = (np.stack([pair[k][rows, columns] for pair in pairs]) for k in (0, 1))
+        batches.append((images, depths.astype(np.float32)))
+    return batches
+
+
 @torch.no_grad()
 def dense_delta1(net: DemoNet, bank: SceneBank) -> float:
-    """Share of pixels within a factor 1.25, on the monitor scenes of the bank at its own resolution."""
+    """Share of pixels within a factor 1.25, on the monitor scenes."""
     good = total = 0
-    with torch.autocast("cpu", torch.bfloat16):
-        for i in range(len(bank) - MONITOR, len(bank), 8):
-            pairs = [bank[j] for j in range(i, min(i + 8, len(bank)))]
-            images = torch.from_numpy(np.stack([p[0][:, 16:272] for p in pairs]))
-            truth = torch.from_numpy(np.stack([p[1][:, 16:272] for p in pairs]).astype(np.float32)).log()
-            error = (net.log_depth(net.encode(images)).float() - truth).abs()
-            good += int((error < np.log(1.25)).sum())
-            total += int(truth.isfinite().sum())
+    for images, depths in monitor_scenes(bank):
+        truth = torch.from_numpy(depths).log()
+        with torch.autocast(net.device.type, torch.bfloat16):
+            said = net.log_depth(net.encode(torch.from_numpy(images).to(net.device)))
+        good += int(((said.float().cpu() - truth).abs() < np.log(1.25)).sum())
+        total += int(truth.isfinite().sum())
     return good / total
 
 
-def train_dense(net: DemoNet, bank: SceneBank, stage: DenseStage, run: Path, seed: int) -> None:
-    """Runs or resumes stage 1; `run/dense.safetensors` holds its state, `run/dense.jsonl` its course."""
-    state = run / "dense.safetensors"
-    optimizer = Optimizer(net, Schedule(stage.steps, decay=0), stage.muon_lr, stage.adamw_lr)
-    done = load_state(state, net, optimizer) if state.exists() else 0
-    run.mkdir(parents=True, exist_ok=True)
-    losses, began = [], time.time()
-    with (
-        (run / "dense.jsonl").open("a") as log,
-        tqdm(total=stage.steps, initial=done, desc="dense", mininterval=5) as bar,
-    ):
-        for step in range(done, stage.steps):
-            batch = make_batch(bank, stage.batch, seed, step)
-            with torch.autocast("cpu", torch.bfloat16):
-                encoded = net.encode(torch.from_numpy(batch.images))
-                loss = dense_loss(net, encoded, torch.from_numpy(batch.depths), stage.probe_weight)
-            loss.backward()
-            norm = optimizer.step(step)
-            losses.append(loss.item())
-            bar.update()
-            if (step + 1) % stage.save_every == 0 or step + 1 == stage.steps:
-                save_state(state, net, optimizer, step + 1)
-                row = {
-                    "step": step + 1,
-                    "loss": float(np.mean(losses)),
-                    "norm": norm,
-                    "seconds": time.time() - began,
-                    "delta1": dense_delta1(net, bank),
-                }
-                losses.clear()
-                log.write(json.dumps(row) + "\n")
-                log.flush()
-                bar.set_postfix(loss=f"{row['loss']:.3f}", delta1=f"{row['delta1']:.3f}")
+@torch.no_grad()
+def finder_error_px(net: DemoNet, bank: SceneBank, seed: int = 3) -> float:
+    """Median distance in pixels between arrows on monitor scenes and where the finder sees them."""
+    rng, errors = np.random.default_rng(seed), []
+    for images, _ in monitor_scenes(bank):
+        count, height, width, _ = images.shape
+        marks = rng.integers(MARGIN_PX, (width - MARGIN_PX, height - MARGIN_PX), (count, 2))
+        marked = np.stack([draw_arrow(image, mark) for image, mark in zip(images, marks, strict=True)])
+        with torch.autocast(net.device.type, torch.bfloat16):
+            encoded = net.encode(torch.from_numpy(marked).to(net.device))
+            found = net.found(encoded).float().cpu()
+        token = found[..., 0].argmax(1)
+        corner = torch.stack([token % encoded.grid[1], token // encoded.grid[1]], 1)
+        place = (corner + found[torch.arange(count), token, 1:3]) * TOKEN_PX
+        errors.append((place - torch.from_numpy(marks)).norm(dim=1))
+    return float(torch.cat(errors).median())
+
+
+def train_dense(net: DemoNet, bank: SceneBank, stage: Stage, run: Path, seed: int, workers: int = 0) -> None:
+    """Runs or resumes stage 1."""
+
+    def loss(batch: Batch, step: int) -> torch.Tensor:
+        with torch.autocast(net.device.type, torch.bfloat16):
+            return see(net, batch, stage)[2]
+
+    def measure() -> dict[str, float]:
+        return {"dense": dense_delta1(net, bank), "finder_px": finder_error_px(net, bank)}
+
+    drawn = {"marked": stage.marked, "arrows": stage.arrows, "largest": stage.largest}
+    make = partial(make_batch, bank, stage.batch, seed, **drawn)
+    run_stage(stage, net, make, loss, measure, run, workers)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from depthlm_ros.markers import draw_arrow, drawable
+from depthlm_ros.markers import draw_arrow
 from depthlm_ros.prompts import (
     COMPACT_RANGE,
     COORDINATE_RANGE,
@@ -19,7 +19,7 @@ from depthlm_ros.prompts import (
     marker_question,
     normalise_pixel,
 )
-from depthlm_training.demo.bank import SceneBank, make_batch
+from depthlm_training.demo.bank import Batch
 from depthlm_training.demo.stages import TextStage
 
 IGNORED = -100
@@ -133,16 +133,19 @@ class Dialogue:
 
 
 def pick_points(depths: np.ndarray, count: int, rng: np.random.Generator, margin: int = 0) -> np.ndarray:
-    """(count, 2) pixels `(u, v)` with ground truth, uniformly; with replacement where there are few."""
-    known = np.isfinite(depths) & (depths > LEAST_M)
-    if margin:
-        v, u = np.mgrid[: depths.shape[0], : depths.shape[1]]
-        known &= drawable(np.stack([u.ravel(), v.ravel()], 1), depths.shape[1], depths.shape[0]).reshape(depths.shape)
-    places = np.flatnonzero(known)
+    """(count, 2) pixels `(u, v)` with ground truth, uniformly; with replacement where there are few.
+
+    Args:
+        depths: (H, W) metres, NaN where unknown.
+        margin: pixels at the border that are left out.
+    """
+    height, width = depths.shape
+    inner = depths[margin : height - margin, margin : width - margin]
+    places = np.flatnonzero(inner > LEAST_M)
     if len(places) == 0:
         return np.empty((0, 2), int)
-    v, u = np.divmod(rng.choice(places, count, replace=len(places) < count), depths.shape[1])
-    return np.stack([u, v], 1)
+    v, u = np.divmod(rng.choice(places, count, replace=len(places) < count), inner.shape[1])
+    return np.stack([u, v], 1) + margin
 
 
 def questions_about(image: np.ndarray, points: np.ndarray, dialect: str, each: int = 1) -> tuple[np.ndarray, list[str]]:
@@ -157,62 +160,59 @@ def questions_about(image: np.ndarray, points: np.ndarray, dialect: str, each: i
 
 @dataclass
 class Asked:
-    """A training step: P points, an equal number about each of B images.
+    """Questions of one dialect about some images of a batch: P points, an equal number about each of B images.
 
     Attributes:
         dialect: of all questions.
         each: points a question.
-        images: (B, H, W, 3) uint8.
-        depths: (B, H, W) metres, NaN where unknown.
+        images: (B,) which images of the batch.
         questions: P / each texts.
-        image_of: (P,) which image.
         points: (P, 2) `(u, v)`.
+        places: (P, 2) the points as shares of width and height.
     """
 
     dialect: str
     each: int
-    images: torch.Tensor
-    depths: torch.Tensor
+    images: np.ndarray
     questions: list[str]
-    image_of: np.ndarray
     points: np.ndarray
+    places: torch.Tensor
 
-    def read(self, depth: torch.Tensor) -> np.ndarray:
-        """(P,) values of a (B, H, W) map at the points."""
-        return depth[self.image_of, self.points[:, 1], self.points[:, 0]].float().numpy()
-
-    @property
-    def places(self) -> torch.Tensor:
-        """(P, 2) the points as shares of width and height."""
-        height, width = self.depths.shape[1:]
-        return torch.from_numpy(self.points).float() / torch.tensor([width, height])
+    def read(self, depths: torch.Tensor) -> np.ndarray:
+        """(P,) values at the points of the maps (B, H, W) of these images."""
+        image = np.repeat(np.arange(len(self.images)), len(self.points) // len(self.images))
+        return depths.float().cpu().numpy()[image, self.points[:, 1], self.points[:, 0]]
 
 
-def ask(bank: SceneBank, stage: TextStage, seed: int, step: int) -> Asked:
-    """What is asked in a step: the same however often the run was interrupted."""
+def _asked(batch: Batch, dialect: str, each: int, images: list[int], points: list[np.ndarray]) -> list[Asked]:
+    if not images:
+        return []
+    height, width = batch.depths.shape[1:]
+    pairs = zip(images, points, strict=True)
+    if dialect == "marker":
+        questions = [marker_question()] * len(images)
+    else:
+        questions = [q for i, p in pairs for q in questions_about(batch.images[i], p, dialect, each)[1]]
+    whole = np.concatenate(points)
+    places = torch.from_numpy(whole).float() / torch.tensor([width, height])
+    return [Asked(dialect, each, np.array(images), questions, whole, places)]
+
+
+def ask(batch: Batch, stage: TextStage, seed: int, step: int) -> list[Asked]:
+    """What is asked about a step's batch: the same however often the run was interrupted."""
     rng = np.random.default_rng([seed, 11, step])
     dialect = stage.turns[step % len(stage.turns)]
-    marker, each = dialect == "marker", 1
-    count = 1 if marker else stage.questions
-    if dialect == "compact":
-        count, each = stage.points, int(rng.choice(stage.each))
-    batch = make_batch(bank, stage.marked if marker else stage.images, seed + 1, step, stage.canvases, stage.narrower)
-    images, depths, questions, asked = [], [], [], []
-    for image, depth in zip(batch.images, batch.depths, strict=True):
-        points = pick_points(depth, count, rng, margin=5 if marker else 0)
-        if len(points) == 0:
-            continue
-        image, texts = questions_about(image, points, dialect, each)
-        questions += texts
-        images.append(image)
-        depths.append(depth)
-        asked.append(points)
-    return Asked(
-        dialect,
-        each,
-        torch.from_numpy(np.stack(images)),
-        torch.from_numpy(np.stack(depths)),
-        questions,
-        np.repeat(np.arange(len(images)), len(asked[0])),
-        np.concatenate(asked),
-    )
+    each = int(rng.choice(stage.each)) if dialect == "compact" else 1
+    count = stage.points if dialect == "compact" else stage.questions
+    marked, plain, points = [], [], []
+    for i, ((u, v), depths) in enumerate(zip(batch.marks[:, 0], batch.depths, strict=True)):
+        if u >= 0:
+            if depths[v, u] > LEAST_M:
+                marked.append(i)
+        elif len(plain) < stage.images and len(picked := pick_points(depths, count, rng)):
+            plain.append(i)
+            points.append(picked)
+    return [
+        *_asked(batch, "marker", 1, marked, [batch.marks[i] for i in marked]),
+        *_asked(batch, dialect, each, plain, points),
+    ]

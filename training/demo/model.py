@@ -12,14 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import DynamicCache, PreTrainedTokenizerFast, Qwen3VLConfig, Qwen3VLForConditionalGeneration
+from transformers import PreTrainedTokenizerFast, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from depthlm_ros.engines.dense_head import MLPDepthHead
-
-PATCH, MERGE = 16, 2
-TOKEN_PX = PATCH * MERGE  # an image token covers 32 x 32 pixels, as in the published Qwen3-VL
+from depthlm_training.demo.decoder import KeysValues, read
+from depthlm_training.demo.tower import MERGE, PATCH, TOKEN_PX, look
 
 
 @dataclass(frozen=True)
@@ -78,23 +77,6 @@ def build_config(tokenizer: PreTrainedTokenizerFast, size: Size) -> Qwen3VLConfi
     )
 
 
-def patchify(images: torch.Tensor) -> torch.Tensor:
-    """What Qwen's image processor does to images that are already of their final size.
-
-    Args:
-        images: (B, H, W, 3) uint8, H and W multiples of 32.
-
-    Returns:
-        (B * H/16 * W/16, 3 * 2 * 16 * 16) float32 in [-1, 1]: patches in merge order, the frame repeated in time.
-    """
-    b, height, width, _ = images.shape
-    x = images.permute(0, 3, 1, 2).float() / 127.5 - 1
-    x = x.reshape(b, 3, height // TOKEN_PX, MERGE, PATCH, width // TOKEN_PX, MERGE, PATCH)
-    x = x.permute(0, 2, 5, 3, 6, 1, 4, 7)  # b, rows, columns, merge y, merge x, channel, y, x
-    x = x.unsqueeze(6).expand(*x.shape[:6], 2, PATCH, PATCH)
-    return x.reshape(-1, 3 * 2 * PATCH * PATCH)
-
-
 @dataclass
 class Encoded:
     """A batch of images after the prefix pass.
@@ -102,23 +84,30 @@ class Encoded:
     Attributes:
         states: (B, N, C) the language model's last states at the image tokens, after its final norm.
         merged: (B, N, C) what the vision tower handed to the language model.
-        cache: keys and values of the prefix.
+        past: keys and values of the prefix, of each layer.
         next_position: the M-RoPE position of the token after the prefix.
         grid: (h, w) tokens.
     """
 
     states: torch.Tensor
     merged: torch.Tensor
-    cache: DynamicCache
+    past: list[KeysValues]
     next_position: int
     grid: tuple[int, int]
+
+    def part(self, images: torch.Tensor) -> Encoded:
+        """Only these images (N,) of it."""
+        past = [(k[images], v[images]) for k, v in self.past]
+        return Encoded(self.states[images], self.merged[images], past, self.next_position, self.grid)
 
 
 class DemoNet(nn.Module):
     """The stock model and the dense head.
 
-    `probe` is a helper of training alone: a linear read-out of coarse log-depth from the vision tower's output. It
-    makes depth available to the language model's first layers, where question tokens can look it up. Never saved.
+    `probe` and `finder` are helpers of training alone, linear read-outs of what the vision tower hands over, never
+    saved. The probe reads coarse log-depth: so depth is available to the language model's first layers, where question
+    tokens can look it up. The finder reads a drawn arrow: whether it points into a token's square, where in it, and at
+    which log-depth. A text answer about an arrow is one number an image and teaches the tower nothing about arrows.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, size: Size | None = None, seed: int = 0) -> None:
@@ -128,6 +117,7 @@ class DemoNet(nn.Module):
         self.vlm = Qwen3VLForConditionalGeneration(build_config(tokenizer, size))
         self.head = MLPDepthHead(size.hidden, size.head_hidden, TOKEN_PX, output="exp")
         self.probe = nn.Linear(size.hidden, 64)
+        self.finder = nn.Linear(size.hidden, 4)
         self.size = size
         self.header = tokenizer("<|im_start|>user\n<|vision_start|>").input_ids
         with torch.no_grad():
@@ -135,6 +125,10 @@ class DemoNet(nn.Module):
             grid = self.vlm.model.visual.pos_embed
             grid.weight.copy_(_sin_cos(int(grid.num_embeddings**0.5), size.vision_hidden))
             self.head.mlp[2].bias.fill_(1.2)  # exp(1.2) = 3.3 m, the median of the scenes
+
+    @property
+    def device(self) -> torch.device:
+        return self.probe.weight.device
 
     def encode(self, images: torch.Tensor) -> Encoded:
         """Runs chat header and image, which is all that depth needs, since attention is causal.
@@ -145,28 +139,17 @@ class DemoNet(nn.Module):
         b, height, width, _ = images.shape
         h, w = height // TOKEN_PX, width // TOKEN_PX
         model = self.vlm.model
-        grid = torch.tensor([[1, height // PATCH, width // PATCH]]).repeat(b, 1)
-        vision = model.visual(patchify(images), grid_thw=grid)
-        merged = vision.pooler_output.reshape(b, h * w, -1)
-        words = model.get_input_embeddings()(torch.tensor(self.header)).expand(b, -1, -1)
+        device = images.device
+        merged, stacked = look(model.visual, images)
+        words = model.get_input_embeddings()(torch.tensor(self.header, device=device)).expand(b, -1, -1)
         start = len(self.header)
-        is_image = torch.zeros(b, start + h * w, dtype=torch.bool)
-        is_image[:, start:] = True
         rows, columns = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
         image_positions = start + torch.stack(
             [torch.zeros(h * w, dtype=torch.long), rows.reshape(-1), columns.reshape(-1)]
         )
-        positions = torch.cat([torch.arange(start).expand(3, -1), image_positions], 1)[:, None].expand(3, b, -1)
-        cache = DynamicCache(config=self.vlm.config.text_config)
-        out = model.language_model(
-            inputs_embeds=torch.cat([words.to(merged.dtype), merged], 1),
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            visual_pos_masks=is_image,
-            deepstack_visual_embeds=list(vision.deepstack_features),
-        )
-        return Encoded(out.last_hidden_state[:, start:], merged, cache, start + max(h, w), (h, w))
+        positions = torch.cat([torch.arange(start).expand(3, -1), image_positions], 1).to(device)
+        seen = read(model.language_model, torch.cat([words.to(merged.dtype), merged], 1), positions, stacked=stacked)
+        return Encoded(seen.states[:, start:], merged, seen.past, start + max(h, w), (h, w))
 
     def log_depth(self, encoded: Encoded) -> torch.Tensor:
         """(B, H, W) natural logarithm of z-depth in metres."""
@@ -177,13 +160,26 @@ class DemoNet(nn.Module):
         h, w = encoded.grid
         return self.probe(encoded.merged).reshape(-1, h, w, 8, 8).permute(0, 1, 3, 2, 4).reshape(-1, 8 * h, 8 * w)
 
+    def found(self, encoded: Encoded) -> torch.Tensor:
+        """(B, N, 4) of each token: score of being pointed at, where in its square (shares of it), log-depth there."""
+        return self.finder(encoded.merged)
+
+    def load(self, folder: Path) -> None:
+        """Takes the weights of a checkpoint that `save` wrote; the helpers stay as they are."""
+        tensors = load_file(folder / "model.safetensors")
+        head = {k.removeprefix("depth_head."): v for k, v in tensors.items() if k.startswith("depth_head.")}
+        self.head.load_state_dict(head)
+        rest = {k: v for k, v in tensors.items() if not k.startswith("depth_head.")}
+        # The language model's head is the embedding.
+        self.vlm.load_state_dict(rest | {"lm_head.weight": rest["model.language_model.embed_tokens.weight"]})
+
     def save(self, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
         """Writes one safetensors file that stock transformers loads; the head rides along as `depth_head.*`."""
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {k: v for k, v in self.vlm.state_dict().items() if k != "lm_head.weight"}  # tied to the embedding
         tensors |= {f"depth_head.{k}": v for k, v in self.head.state_dict().items()}
         save_file(
-            {k: v.detach().to(dtype).contiguous() for k, v in tensors.items()},
+            {k: v.detach().to(dtype).cpu().contiguous() for k, v in tensors.items()},
             folder / "model.safetensors",
             metadata={"format": "pt"},
         )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,6 +53,40 @@ class Optimizer:
             part.step()
             part.zero_grad(set_to_none=True)
         return float(norm)
+
+
+class Average(nn.Module):
+    """A running mean of a module's parameters: nearly what a learning rate that goes to zero makes of them.
+
+    Args:
+        module: whose parameters to follow.
+        half_life: steps after which a step's weights count half.
+    """
+
+    def __init__(self, module: nn.Module, half_life: float) -> None:
+        super().__init__()
+        self.share = 1 - 0.5 ** (1 / half_life)
+        self.values = nn.ParameterList([nn.Parameter(p.detach().clone(), False) for p in module.parameters()])
+
+    @torch.no_grad()
+    def update(self, module: nn.Module) -> None:
+        for value, p in zip(self.values, module.parameters(), strict=True):
+            value.lerp_(p, self.share)
+
+    @torch.no_grad()
+    def copy_to(self, module: nn.Module) -> None:
+        for p, value in zip(module.parameters(), self.values, strict=True):
+            p.copy_(value)
+
+    @contextmanager
+    def in_place_of(self, module: nn.Module) -> Iterator[None]:
+        """The module has the mean's values within the block."""
+        own = [p.detach().clone() for p in module.parameters()]
+        self.copy_to(module)
+        yield
+        with torch.no_grad():
+            for p, value in zip(module.parameters(), own, strict=True):
+                p.copy_(value)
 
 
 def save_state(path: Path, module: nn.Module, optimizer: Optimizer, step: int) -> None:
