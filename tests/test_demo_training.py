@@ -206,7 +206,7 @@ def test_a_step_asks_about_its_arrows_and_in_turns_about_other_images(bank):
     stage = replace(TEXT, batch=8, images=2, questions=4, points=12)
     each = set()
     for step in range(16):
-        batch = data.make_batch(bank, stage.batch, 0, step, stage.marked)
+        batch = data.make_batch(bank, stage, 0, step)
         groups = ask(batch, stage, 0, step)
         assert [asked.dialect for asked in groups][-1] == stage.turns[step % 2]
         for asked in groups:
@@ -225,7 +225,7 @@ def test_a_step_asks_about_its_arrows_and_in_turns_about_other_images(bank):
                 first = asked.points[: len(asked.points) // len(asked.images)]
                 pixels = normalise_pixel(first, width, height, 1000).tolist()
                 assert asked.questions[: len(pixels) // asked.each] == compact_questions(pixels, asked.each)
-        again = ask(data.make_batch(bank, stage.batch, 0, step, stage.marked), stage, 0, step)
+        again = ask(data.make_batch(bank, stage, 0, step), stage, 0, step)
         assert [a.questions for a in again] == [a.questions for a in groups]
     assert each == {1, 2, 3, 4}
 

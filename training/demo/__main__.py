@@ -149,7 +149,7 @@ def write_card(recipe: Recipe, run: Path, out: Path, figures: dict, start: Path 
         dense_minutes=seconds_spent(run / "dense.jsonl") / 60,
         text_minutes=seconds_spent(run / "text.jsonl") / 60,
         start=f" --start {start.name}" if start else "",
-        begun=f"the weights of {start.name}" if start else "random weights",
+        begun=_begun(start),
         marked=100 * recipe.text.marked,
         each=max(recipe.text.each),
         machine=f"{platform.machine()}, {machine}, torch {torch.__version__}",
@@ -162,6 +162,14 @@ def write_card(recipe: Recipe, run: Path, out: Path, figures: dict, start: Path 
         lines = [f"  {name}: {scores['delta1']:.3f}" for name, scores in figures["dialects"].items()]
         source = f"  source: delta1 on {SCENES} held-out rendered scenes, {out.name}/README.md"
         for_program.write_text("\n".join([head, "scores:", *lines, source]) + "\n", encoding="utf-8")
+
+
+def _begun(start: Path | None) -> str:
+    if start is None:
+        return "random weights"
+    scores = json.loads((start / "scores.json").read_text())
+    delta1 = scores["dialects"]["dense"]["delta1"]
+    return f"earlier weights of this model, made by its first recipe (dense δ1 {delta1:.3f})"
 
 
 def declare_compact(card: Path, each: int) -> None:

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from depthlm_ros.camera import Camera
 from depthlm_ros.markers import ARROW_COLOUR, ARROW_OFFSETS, MARGIN_PX
+from depthlm_training.demo.stages import Stage
 from depthlm_training.demo.tower import TOKEN_PX
 from depthlm_training.raycast import render
 from depthlm_training.scenes import random_pose, random_scene
@@ -131,35 +132,27 @@ class Batch:
     marks: np.ndarray
 
 
-def make_batch(
-    bank: SceneBank, size: int, seed: int, step: int, marked: float = 0.0, arrows: int = 1, largest: int = 1
-) -> Batch:
+def make_batch(bank: SceneBank, stage: Stage, seed: int, step: int) -> Batch:
     """The augmented batch of a step: the same one however often the run was interrupted.
 
     Augmentation keeps the geometry true: mirror images, colour, blur (what antialiased downscaling does to a real
-    photograph), noise, and crops to the frames of other cameras, padded as `unify(policy="exact")` pads.
-
-    Args:
-        bank: its first `MONITOR` scenes are left out.
-        size: images.
-        marked: share of the images that arrows are drawn on.
-        arrows: how many at most.
-        largest: they are drawn up to so many times their size.
+    photograph), noise, and crops to the frames of other cameras, padded as `unify(policy="exact")` pads. The bank's
+    first `MONITOR` scenes are left out.
     """
     rng = np.random.default_rng([seed, 7, step])
     frames = [frame(rng)]
     shared = canvas(frames[0])
-    while len(frames) < size:
+    while len(frames) < stage.batch:
         frames += [f for f in [frame(rng)] if canvas(f) == shared]
-    images = np.empty((size, shared[1], shared[0], 3), np.uint8)
+    images = np.empty((stage.batch, shared[1], shared[0], 3), np.uint8)
     depths = np.empty(images.shape[:3], np.float32)
-    marks = np.full((size, arrows, 2), -1)
-    for i, scene in enumerate(rng.integers(MONITOR, len(bank), size)):
+    marks = np.full((stage.batch, stage.arrows, 2), -1)
+    for i, scene in enumerate(rng.integers(MONITOR, len(bank), stage.batch)):
         images[i], depths[i] = _augmented(*bank[scene], frames[i], shared, rng)
-        if rng.random() < marked:
-            for k in range(rng.integers(1, arrows + 1)):
+        if rng.random() < stage.marked:
+            for k in range(rng.integers(1, stage.arrows + 1)):
                 marks[i, k] = _mark(depths[i], frames[i], rng)
-                _draw_large(images[i], marks[i, k], int(rng.integers(1, largest + 1)))
+                _draw_large(images[i], marks[i, k], int(rng.integers(1, stage.largest + 1)))
     return Batch(images, depths, marks)
 
 

@@ -120,6 +120,5 @@ def train_dense(net: DemoNet, bank: SceneBank, stage: Stage, run: Path, seed: in
     def measure() -> dict[str, float]:
         return {"dense": dense_delta1(net, bank), "finder_px": finder_error_px(net, bank)}
 
-    drawn = {"marked": stage.marked, "arrows": stage.arrows, "largest": stage.largest}
-    make = partial(make_batch, bank, stage.batch, seed, **drawn)
+    make = partial(make_batch, bank, stage, seed)
     run_stage(stage, net, make, loss, measure, run, workers)

@@ -25,7 +25,7 @@ class Stage:
     name: str
     steps: int
     batch: int = 32
-    muon_lr: float = 3e-3
+    muon_lr: float = 2.5e-3
     adamw_lr: float = 1e-3
     marked: float = 0.4
     arrows: int = 1
@@ -74,4 +74,4 @@ class TextStage(Stage):
 
 
 DENSE = Stage(name="dense", steps=6000, arrows=6, largest=4)
-TEXT = TextStage(name="text", steps=6000, decay=0.4)
+TEXT = TextStage(name="text", steps=6000, largest=2, decay=0.4)

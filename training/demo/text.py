@@ -151,7 +151,7 @@ def train_text(
     dialogue = Dialogue(tokenizer)
 
     def make(step: int) -> tuple[Batch, list[Asked]]:
-        batch = make_batch(bank, stage.batch, seed + 1, step, stage.marked)
+        batch = make_batch(bank, stage, seed + 1, step)
         return batch, ask(batch, stage, seed, step)
 
     def loss(made: tuple[Batch, list[Asked]], step: int) -> torch.Tensor:
