@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from depthlm_ros.markers import MARGIN_PX
 from depthlm_ros.prompts import answer_text
 from depthlm_training.ablations.base import Base, begin, question
 from depthlm_training.ablations.learner import Learner, Rates, fit, mirrored, ratio_within, say, text_loss
@@ -58,7 +59,7 @@ def heard(learner: Learner, dialect: str, scenes: Scenes, seed: int) -> list[flo
     for start in range(0, len(scenes), 20):
         images, depths = (kind[start : start + 20] for kind in (scenes.images, scenes.depths))
         rng = np.random.default_rng([seed, 5, start])
-        points, each = [pick_points(depth, SCORED_POINTS, rng, margin=1) for depth in depths], SCORED_POINTS
+        points, each = [pick_points(depth, SCORED_POINTS, rng, margin=MARGIN_PX) for depth in depths], SCORED_POINTS
         if dialect == "marker":  # an arrow shows one point, so every question has an image of its own
             images, depths = (np.repeat(kind, SCORED_POINTS, 0) for kind in (images, depths))
             points, each = np.concatenate(points)[:, None], 1

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from depthlm_ros.markers import MARGIN_PX
 from depthlm_ros.prompts import marker_question
 from depthlm_training.ablations.learner import Learner, Rates, fit, map_loss, mirrored
 from depthlm_training.ablations.scenery import Scenes, render_scenes
@@ -87,7 +88,7 @@ def question(
     """
     shown, texts, asked = [], [], []
     for i, (image, depth) in enumerate(zip(images, depths, strict=True)):
-        chosen = pick_points(depth, each, rng, margin=1) if points is None else points[i]
+        chosen = pick_points(depth, each, rng, margin=MARGIN_PX) if points is None else points[i]
         if dialect == NAMELESS:
             said = [marker_question().replace(" pointed by the red arrow", "")] * each
         else:

@@ -25,7 +25,7 @@ from depthlm_training.ablations.study import Contrast, Outcome, Study, main
 class Settings:
     """What decides the result; `labels` are those of all images together, `images` how many share them, by arm."""
 
-    steps: int = 600
+    steps: int = 500
     batch: int = 16
     labels: int = 2000
     images: tuple[int, ...] = (2000, 500, 125, 25)

@@ -33,8 +33,8 @@ UNIFIED, AS_TAKEN = "unified", "as taken"
 class Settings:
     """What decides the result; `focals_px` and `between_px` are those of a 128 x 96 sensor, 90 to 39 degrees wide."""
 
-    steps: int = 600
-    train_scenes: int = 1000
+    steps: int = 400
+    train_scenes: int = 800
     held_out_scenes: int = 100
     focals_px: tuple[float, ...] = (64.0, 90.0, 128.0, 180.0)
     between_px: tuple[float, ...] = (76.0, 107.0, 152.0)

@@ -147,26 +147,17 @@ def say(learner: Learner, images: np.ndarray, questions: Sequence[str], opening:
     Returns:
         (R,) metres, NaN where no number was said.
     """
-    dialogue, model = learner.dialogue, learner.net.vlm.model.language_model
-    tokenizer = dialogue.tokenizer
+    tokenizer = learner.dialogue.tokenizer
     encoded = learner.net.encode(torch.from_numpy(images))
-    encoded.cache.batch_repeat_interleave(len(questions) // len(images))
     begun = tokenizer(opening).input_ids if opening else []
-    rows = [ids + begun for ids in dialogue.prompts(list(questions))]
-    lengths = torch.tensor([len(ids) for ids in rows])
-    ids = nn.utils.rnn.pad_sequence(
-        [torch.tensor(row) for row in rows], batch_first=True, padding_value=tokenizer.pad_token_id
-    )
+    rows = [torch.tensor(ids + begun) for ids in learner.dialogue.prompts(list(questions))]
+    lengths = torch.tensor([len(row) for row in rows])
+    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
     ids = nn.functional.pad(ids, (0, LONGEST_ANSWER), value=tokenizer.pad_token_id)
     every = torch.arange(len(rows))
     for k in range(LONGEST_ANSWER):
         # Rows end at different places and attention is causal, so what stands behind a row's end is not seen.
-        seen = ids[:, : int(lengths.max()) + k]
-        positions = (encoded.next_position + torch.arange(seen.shape[1])).expand(3, len(rows), -1)
-        states = model(
-            input_ids=seen, position_ids=positions, past_key_values=encoded.cache, use_cache=True
-        ).last_hidden_state
-        encoded.cache.crop(-seen.shape[1])
+        states, _ = answer_states(learner.net, encoded, ids[:, : int(lengths.max()) + k])
         ids[every, lengths + k] = learner.net.vlm.lm_head(states[every, lengths + k - 1]).argmax(-1)
     said = [ids[i, n : n + LONGEST_ANSWER] for i, n in enumerate(lengths.tolist())]
     numbers = [_NUMBER.match(tokenizer.decode(row, skip_special_tokens=False)) for row in said]

@@ -27,7 +27,7 @@ METRIC = "δ1 of all pixels"
 class Settings:
     """What decides the result; `points` are the labelled pixels an image of the sparse arms."""
 
-    steps: int = 600
+    steps: int = 500
     batch: int = 16
     train_scenes: int = 2000
     held_out_scenes: int = 200
