@@ -90,9 +90,10 @@ def test_frozen_weights_stay_and_are_not_stored(tmp_path):
     assert not any(name.startswith("frozen") for name in state(tmp_path))
 
 
-def test_bfloat16_is_for_products_and_weights_that_are_trained_are_float32(tmp_path):
+@pytest.mark.parametrize("loaded", [torch.float32, torch.bfloat16])
+def test_frozen_weights_have_the_format_of_products_and_trained_ones_are_float32(tmp_path, loaded):
     objective = ToyObjective()
-    objective.model.bfloat16()
+    objective.model.to(loaded)
     train(objective, settings(dtype="bfloat16"), tmp_path)
     assert {weight.dtype for weight in objective.model.layers.parameters()} == {torch.float32}
     assert objective.model.frozen.weight.dtype == torch.bfloat16

@@ -27,7 +27,7 @@ class TrainSettings:
         clip: largest norm of the gradient; 0 does not clip.
         weight_decay: AdamW's, on matrices only.
         betas: AdamW's.
-        dtype: number format of products; weights that are trained, their gradients and AdamW's moments are float32.
+        dtype: number format of products and of frozen weights; trained ones, gradients and moments are float32.
         checkpoint_every: steps between checkpoints; there is always one after the last step.
         keep: checkpoints that are kept, the newest ones.
         workers: processes that make micro-batches, for each training process; 0 makes them in the loop.

@@ -121,7 +121,8 @@ class Network(nn.Module):
 def spread(network: Network, parallel: str, dtype: torch.dtype, processes: Processes) -> nn.Module:
     """Moves a network to its device, and lays it out over the processes.
 
-    Weights that are trained become float32 first: a step of 1e-5 of a bfloat16 weight is lost to rounding.
+    Weights that are trained become float32 first, since a step of 1e-5 of a bfloat16 weight is lost to rounding; frozen
+    ones take the format of the products, as they have it at inference.
 
     Args:
         network: on the CPU.
@@ -130,8 +131,7 @@ def spread(network: Network, parallel: str, dtype: torch.dtype, processes: Proce
         processes: who takes part.
     """
     for weight in network.parameters():
-        if weight.requires_grad:
-            weight.data = weight.data.float()
+        weight.data = weight.data.to(torch.float32 if weight.requires_grad else dtype)
     if processes.size == 1:
         return network.to(processes.device)
     if parallel == "ddp":
