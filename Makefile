@@ -2,6 +2,7 @@
 # make test    all tests
 # make env     only the environment, in .venv/ (the two above make it when it is missing)
 # make bench   how long the stages around the model take
+# make train-smoke   every step from a recording to a node that answers with what was learnt, for a few moments each
 # make lint    ruff
 # make clean   removes the environment, results and build products
 
@@ -46,7 +47,7 @@ pip_install = echo "  $(1)"; $(VENV)/bin/python -m pip install --quiet --no-inpu
 	> $(PIP_LOG) 2>&1 || { cat $(PIP_LOG) >&2; echo "make: pip could not install $(1); the lines above say why" >&2; exit 1; }
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench env lint clean
+.PHONY: help demo test bench train-smoke env lint clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -59,6 +60,9 @@ test: $(READY)
 
 bench: $(READY)
 	@$(VENV)/bin/python -m pytest -p no:cacheprovider tests/bench_stages.py --benchmark-columns=min,median,stddev
+
+train-smoke: $(READY)
+	@$(VENV)/bin/python -m depthlm_training.smoke
 
 env: $(READY)
 

@@ -44,7 +44,12 @@ def _add_finetune(commands) -> None:
     parser.add_argument("--resume", action="store_true", help="go on from the run's last checkpoint, if there is one")
     parser.add_argument("--dry-run", action="store_true", help="print all settings and one sample, train nothing")
     parser.add_argument(
-        "settings", nargs="*", metavar="KEY=VALUE", help="any setting of the recipe, or a YAML file of them; they win"
+        "--set",
+        dest="settings",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="any settings of the recipe (--dry-run prints them), or YAML files of them; they win",
     )
     parser.set_defaults(run=_finetune)
 

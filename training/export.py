@@ -233,7 +233,7 @@ def write_card(folder: Path, recipe: TextRecipe | DenseRecipe, step: int, scores
     """Completes the card that the training saved, and writes the folder's README with recipe and scores."""
     card = read_card(folder / CARD_FILE)
     told = " ".join(card.description.split())
-    origin = f"Trained further from {recipe.model}: {step} steps."
+    origin = f"Trained further from {Path(recipe.model).name}: {step} steps."
     card = replace(card, description=told if origin in told else f"{told} {origin}".strip(), scores=scores)
     (folder / CARD_FILE).write_text(as_yaml(card), encoding="utf-8")
     lines = [f"| {dialect} | {value:.3f} |" for dialect, value in scores.items() if dialect != "source"]
