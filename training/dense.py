@@ -9,7 +9,6 @@ says whether it does. (DepthVLM mixes in one constant reply, which keeps nothing
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -22,10 +21,10 @@ import torch
 
 from depthlm_ros.cards import CARD_FILE, load_card
 from depthlm_ros.engines.checkpoint import Checkpoint, open_checkpoint
-from depthlm_ros.errors import DepthLMError
 from depthlm_ros.modelcard import ModelCard, read_card
 from depthlm_training.batches import TextBatches, dialogue_processor
-from depthlm_training.config import as_yaml, load
+from depthlm_training.command import run_command
+from depthlm_training.config import as_yaml
 from depthlm_training.dense_batches import DenseBatch, DenseBatches, Showing
 from depthlm_training.dense_model import DenseModel, head_config, load_dense
 from depthlm_training.dense_recipe import DenseRecipe, LossSettings
@@ -34,6 +33,7 @@ from depthlm_training.labels import Labels
 from depthlm_training.losses import gradient_term, log_ratio, read_map, silog
 from depthlm_training.mixtures import open_mixture
 from depthlm_training.objective import Loss
+from depthlm_training.parallel import DTYPES
 from depthlm_training.parts import add_lora, merged_weights, passes, train_only
 from depthlm_training.rows import BadRows
 from depthlm_training.sft import marked_text, text_batches
@@ -84,7 +84,7 @@ class DenseObjective:
         maps, said = self.model(batch.images.to(device), talk)
         errors = [depth_errors(each, labels, self._settings) for each, labels in zip(maps, batch.labels, strict=True)]
         sums = {name: torch.stack([error[name] for error in errors]).sum() for name in errors[0]}
-        depth = sums["silog"] + self._settings.gradient * sums.get("gradient", 0.0)
+        depth = sums["silog"] + self._settings.gradient * sums.get("edges", 0.0)
         total, units = self._settings.weight * depth, len(maps)
         parts = {name: (value.detach(), units) for name, value in sums.items()}
         if talk is not None:
@@ -104,11 +104,15 @@ class DenseObjective:
 
     def save(self, folder: Path) -> None:
         """Writes a checkpoint folder that the engine loads, with the card of what it has become."""
-        weights = {name.removeprefix("vlm."): value for name, value in merged_weights(self.model).items()}
-        head = head_config(self.model.depth_head, self.model.mode)
-        save_folder(folder, weights, self._checkpoint, self._dtype, config=head)
+        save_dense(folder, self.model, self._checkpoint, self._dtype)
         name = folder.resolve().name
         (folder / CARD_FILE).write_text(as_yaml(replace(self._card, name=name, source=name)), encoding="utf-8")
+
+
+def save_dense(folder: Path, model: DenseModel, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+    """Writes model and head as a checkpoint folder, adapters merged; arguments as `save_folder`."""
+    weights = {name.removeprefix("vlm."): value for name, value in merged_weights(model).items()}
+    save_folder(folder, weights, checkpoint, dtype, config=head_config(model.depth_head, model.mode))
 
 
 def needed_work(batch: DenseBatch) -> Work:
@@ -128,7 +132,7 @@ def depth_errors(depth_map: torch.Tensor, labels: Labels, settings: LossSettings
     errors = {"silog": silog(ratio, good, settings.lam)}
     if settings.gradient:
         grid = torch.from_numpy(labels.grid).to(device)
-        errors["gradient"] = gradient_term(ratio, good, grid, settings.scales)
+        errors["edges"] = gradient_term(ratio, good, grid, settings.scales)
     close = (ratio.detach().abs() < math.log(CLOSE)) & good
     return errors | {"delta1": close.float().mean()}
 
@@ -150,7 +154,7 @@ def open_objective(recipe: DenseRecipe) -> DenseObjective:
         add_lora(model, recipe.lora)
     if recipe.checkpointing:
         model.vlm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    dtype = torch.bfloat16 if recipe.train.dtype == "bfloat16" else torch.float32
+    dtype = DTYPES[recipe.train.dtype]
     trained = trained_card(card, make)
     return DenseObjective(model, make, recipe.loss, recipe.talk.weight, checkpoint, trained, dtype)
 
@@ -198,12 +202,15 @@ def trained_card(card: ModelCard, make: DenseBatches) -> ModelCard:
 
 
 @torch.no_grad()
-def language_loss(model: DenseModel, make: TextBatches, images: int, device: torch.device) -> float:
-    """Mean cross entropy in nats of the answers' tokens about the first images of a mixture."""
+def language_loss(
+    model: DenseModel, make: TextBatches, images: int, device: torch.device, dtype: torch.dtype = torch.float32
+) -> float:
+    """Mean cross entropy in nats of the answers' tokens about the first images of a mixture, products in `dtype`."""
     total = units = 0
     for k in range(-(-images // make.images)):
         batch = make(k).to(device)
-        total += float(model(talk=batch)[1])
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            total += float(model(talk=batch)[1])
         units += batch.units
     return total / max(units, 1)
 
@@ -234,7 +241,9 @@ def teach(recipe: DenseRecipe, resume: bool = False) -> None:
     def measure(when: str) -> None:
         known = json.loads(measured.read_text(encoding="utf-8")) if measured.is_file() else {}
         device = next(objective.model.parameters()).device
-        known[when] = language_loss(objective.model, held_out, recipe.talk.held_out_images, device)
+        known[when] = language_loss(
+            objective.model, held_out, recipe.talk.held_out_images, device, DTYPES[recipe.train.dtype]
+        )
         measured.parent.mkdir(parents=True, exist_ok=True)
         measured.write_text(json.dumps(known) + "\n", encoding="utf-8")
         print(f"held-out dialogues, {when}: {known[when]:.4f} nats a token")
@@ -249,21 +258,15 @@ def teach(recipe: DenseRecipe, resume: bool = False) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a recipe; 0 when it has ended well, 1 with one line on standard error when it couldn't."""
-    parser = argparse.ArgumentParser(prog="python -m depthlm_training.dense", description="Teaches dense depth.")
-    parser.add_argument("settings", nargs="+", help="YAML files and key=value, later ones win")
-    parser.add_argument("--dry-run", action="store_true", help="print the settings and one micro-batch, train nothing")
-    parser.add_argument("--resume", action="store_true", help="go on from the run's last checkpoint")
-    options = parser.parse_args(arguments)
-    try:
-        recipe = load(DenseRecipe, options.settings)
-        if options.dry_run:
-            print(dry_run(recipe))
-        else:
-            teach(recipe, options.resume)
-    except DepthLMError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return run_command(
+        DenseRecipe,
+        open_objective,
+        dry_run,
+        prog="python -m depthlm_training.dense",
+        description="Teaches dense depth, and keeps language alive.",
+        teach=teach,
+        arguments=arguments,
+    )
 
 
 def dry_run(recipe: DenseRecipe) -> str:

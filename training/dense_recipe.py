@@ -47,6 +47,7 @@ class Talk:
         data: entries of `mixtures.open_mixture`, as in `sft`.
         ask: share of each dialect among the questions about labelled points, for entries without `ask`.
         points: questions about an image.
+        each: points a question of the compact dialect.
         images: images that are talked about beside those of a micro-batch whose depth is learnt; 0 for no talk.
         tokens_per_row: longest row.
         weight: of what is said beside depth.
@@ -57,6 +58,7 @@ class Talk:
     data: tuple[dict[str, Any], ...] = ()
     ask: dict[str, float] = field(default_factory=lambda: {"coordinates": 1.0})
     points: int = 10
+    each: int = 1
     images: int = 1
     tokens_per_row: int = 8192
     weight: float = 1.0
@@ -66,8 +68,8 @@ class Talk:
     def recipe(self, whole: DenseRecipe, data: tuple[dict[str, Any], ...], images: int) -> TextRecipe:
         """The text recipe that makes these micro-batches."""
         return TextRecipe(
-            model=whole.model, data=data, card=whole.card, ask=self.ask, points=self.points, policy=whole.policy,
-            images=images, tokens_per_row=self.tokens_per_row, train=whole.train,
+            model=whole.model, data=data, card=whole.card, ask=self.ask, points=self.points, each=self.each,
+            policy=whole.policy, images=images, tokens_per_row=self.tokens_per_row, train=whole.train,
         )  # fmt: skip
 
 
