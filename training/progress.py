@@ -102,15 +102,19 @@ class Course:
 
 def rows(run: Path) -> list[dict[str, Any]]:
     """The rows of a run's course; none where there is no run."""
-    path = run / COURSE
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+    return [json.loads(line) for line in _lines(run / COURSE)]
+
+
+def _lines(path: Path) -> list[str]:
+    """The whole lines of a course; a killed run may have stopped in the middle of one."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
+    return [line for line in lines if line.endswith("}\n")]
 
 
 def _continued(path: Path, done: int) -> Path:
-    """Leaves out rows after step `done`, and the line in which a killed run may have stopped."""
+    """Leaves out rows after step `done`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
-    kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= done]
+    kept = [line for line in _lines(path) if json.loads(line)["step"] <= done]
     unfinished = path.with_suffix(".part")
     unfinished.write_text("".join(kept), encoding="utf-8")
     os.replace(unfinished, path)
