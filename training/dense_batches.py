@@ -21,7 +21,7 @@ from depthlm_training.data import Mixture
 from depthlm_training.dense_model import Images
 from depthlm_training.dialogues import DialogueProcessor
 from depthlm_training.labels import Labels, place_labels
-from depthlm_training.packing import IGNORED, Batch, Packed, _joined_images, collate, rotary_positions
+from depthlm_training.packing import IGNORED, Batch, Packed, collate, joined_images, rotary_positions
 from depthlm_training.rows import NO_LABELS, UNUSABLE_CAMERA, BadRow
 from depthlm_training.sources import Example
 
@@ -71,8 +71,8 @@ class Showing:
         view = unify(example.images[0], camera, self.card.focal_px, self.policy, self.grid, self.card.system)
         return _cut(view, self.max_edge_px, self.grid.multiple) if self.max_edge_px else view
 
-    def label(self, example: Example, view: UnifiedView, grid: ImageInputs, patch_px: int, k: int, seed: int) -> Labels:
-        """The example's labels on the map; which of them, if not all, depends on seed and k alone.
+    def label(self, example: Example, view: UnifiedView, map_size: tuple[int, int], k: int, seed: int) -> Labels:
+        """The example's labels on a map of (width, height); which of them, if not all, depends on seed and k alone.
 
         Raises:
             BadRow: none of them is on the view.
@@ -82,11 +82,8 @@ class Showing:
             rng = np.random.default_rng([seed, _LABELS, k])
             chosen = np.sort(rng.permutation(len(depth_m))[: self.labels])
             pixels, depth_m = pixels[chosen], depth_m[chosen]
-        height, width = (side * patch_px for side in grid.grid_hw)
         kind, focal_px = self.card.depth_kind or "z", self.card.focal_px
-        labels = place_labels(
-            view, pixels, depth_m, (width, height), depth_kind=kind, readout=self.readout, focal_px=focal_px
-        )
+        labels = place_labels(view, pixels, depth_m, map_size, depth_kind=kind, readout=self.readout, focal_px=focal_px)
         if len(labels) == 0:
             raise BadRow(example.name, NO_LABELS, f"none of {len(depth_m)} labels lies on the view")
         return labels
@@ -153,7 +150,8 @@ class DenseBatches:
         def made(_: int, example: Example) -> tuple[ImageInputs, Labels]:
             view = self.showing.view(example)
             inputs = processor.images([view.image])
-            return inputs, self.showing.label(example, view, inputs, processor.patch_px, k, self.seed)
+            height, width = (side * processor.patch_px for side in inputs.grid_hw)
+            return inputs, self.showing.label(example, view, (width, height), k, self.seed)
 
         return self.mixture.made(k, made)
 
@@ -176,7 +174,7 @@ def stack_images(processor: DialogueProcessor, inputs: Sequence[ImageInputs]) ->
         ids=rows,
         positions=torch.stack([padded(row) for row in places], dim=-2),
         is_image=rows == processor.image_token_id,
-        pixels=_joined_images(list(inputs)),
+        pixels=joined_images(list(inputs)),
         grids_hw=tuple(each.grid_hw for each in inputs),
     )
 

@@ -269,7 +269,7 @@ def collate(packed: Sequence[Packed], tokens_per_row: int) -> Batch:
         positions=laid([[part.positions for part in row] for row in in_rows], 0),
         sequence=laid(numbers, PADDING),
         segment=laid([[part.segment for part in row] for row in in_rows], 0),
-        images=_joined_images(images),
+        images=joined_images(images),
         grids_hw=tuple(image.grid_hw for image in images),
         pairs=sum(part.pairs for part in parts),
         seen=sum(part.seen for part in parts),
@@ -315,7 +315,7 @@ def filled_rows(lengths: Sequence[int], most: int) -> list[list[int]]:
     return [sorted(row) for row in rows]
 
 
-def _joined_images(images: Sequence[ImageInputs]) -> dict[str, torch.Tensor]:
+def joined_images(images: Sequence[ImageInputs]) -> dict[str, torch.Tensor]:
     """One set of keyword arguments for all images; Pixtral's are padded to one size, which its tower cuts off again."""
     joined = {
         name: torch.cat([image.tensors[name] for image in images]) for name in images[0].tensors if name != _PIXELS

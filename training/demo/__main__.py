@@ -35,7 +35,7 @@ class Recipe:
     """Everything that decides what the checkpoint becomes, but for the weights it begins with."""
 
     seed: int = 0
-    scenes: int = 16_000
+    scenes: int = 24_000
     dense: Stage = DENSE
     text: TextStage = TEXT
 

@@ -34,7 +34,7 @@ class Stage:
     finder_weight: float = 0.2
     average: float = 150
     decay: float = 0.0
-    save_every: int = 200
+    save_every: int = 100
 
 
 @dataclass(frozen=True)
@@ -73,5 +73,5 @@ class TextStage(Stage):
     location_weight: float = 1.0
 
 
-DENSE = Stage(name="dense", steps=6000, arrows=6, largest=4)
+DENSE = Stage(name="dense", steps=2400, arrows=6, largest=4)
 TEXT = TextStage(name="text", steps=6000, largest=2, decay=0.4)
