@@ -109,13 +109,6 @@ def add_lora(model: nn.Module, lora: Lora) -> None:
         weight.requires_grad_(_ADDED in name or (_WRAPPED not in name and id(weight) in trained))
 
 
-def store_frozen(model: nn.Module, dtype: torch.dtype) -> None:
-    """Keeps what isn't trained in this format, which takes half of the memory in bfloat16."""
-    for weight in model.parameters():
-        if not weight.requires_grad and weight.is_floating_point():
-            weight.data = weight.data.to(dtype)
-
-
 def merged_weights(model: nn.Module) -> dict[str, torch.Tensor]:
     """The weights under the names they had before `add_lora`, adapters added in; copies where there were any."""
     state = model.state_dict()

@@ -34,7 +34,7 @@ from depthlm_training.mixtures import open_mixture
 from depthlm_training.objective import Loss, TrainSettings
 from depthlm_training.packing import IGNORED, Batch
 from depthlm_training.parallel import DTYPES
-from depthlm_training.parts import Lora, add_lora, merged_weights, passes, store_frozen, train_only
+from depthlm_training.parts import Lora, add_lora, merged_weights, passes, train_only
 from depthlm_training.rows import BadRows
 from depthlm_training.throughput import Work, training_flop
 from depthlm_training.trainer import train
@@ -158,9 +158,7 @@ def open_objective(recipe: TextRecipe) -> TextObjective:
         add_lora(model, recipe.lora)
     if recipe.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    dtype = DTYPES[recipe.train.dtype]
-    store_frozen(model, dtype)
-    return TextObjective(model, make, checkpoint, trained_card(card, make), dtype)
+    return TextObjective(model, make, checkpoint, trained_card(card, make), DTYPES[recipe.train.dtype])
 
 
 def opened(recipe: TextRecipe) -> tuple[Checkpoint, ModelCard]:
