@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -409,3 +412,29 @@ def test_the_dry_run_shows_settings_and_what_is_to_be_said(folder, capsys):
 def test_mistakes_are_told_in_a_line(folder, capsys):
     assert sft.main([f"model={folder}", f"data={json.dumps([SCENES])}", "pionts=2"]) == 1
     assert "did you mean 'points'" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_two_processes_with_sharded_weights_do_what_one_does(folder, tmp_path):
+    recipe = {"model": str(folder), "data": [SCENES], "points": 3, "images": 2, "run": str(tmp_path / "two")}
+    train = {"steps": 2, "micro_batches": 2, "log_every": 1, "lr": 1e-3, "device": "cpu", "warmup": 0}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe | {"train": train | {"parallel": "fsdp2"}}))
+    script = tmp_path / "run.py"
+    script.write_text(
+        "import sys\nimport conftest\nfrom depthlm_training import sft\nsys.exit(sft.main(sys.argv[1:]))\n"
+    )
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    paths = os.pathsep.join([str(Path(__file__).parent), os.environ["PYTHONPATH"]])
+    subprocess.run(
+        [*torchrun, str(script), str(tmp_path / "recipe.yaml")],
+        env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}, check=True, capture_output=True, timeout=100,
+    )  # fmt: skip
+    alone = build(sft.TextRecipe, recipe | {"train": train, "run": str(tmp_path / "one")})
+    sft.train(sft.open_objective(alone), alone.train, alone.run)
+    one, two = (
+        [json.loads(line) for line in (tmp_path / name / "course.jsonl").read_text().splitlines()]
+        for name in ("one", "two")
+    )
+    for a, b in zip(one, two, strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
+        assert b["gradient"] == pytest.approx(a["gradient"], rel=1e-4)
