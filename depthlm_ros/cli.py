@@ -35,7 +35,9 @@ def main(argv: list[str] | None = None) -> int:
     """
     arguments = build_parser().parse_args(argv)
     try:
-        return arguments.run(arguments)
+        code = arguments.run(arguments)
+        sys.stdout.flush()  # here, where a reader that has gone is understood
+        return code
     except DepthLMError as error:
         print(f"depthlm: {type(error).__name__}: {error}", file=sys.stderr)
         return 1

@@ -37,15 +37,15 @@ class Parrot:
     def __init__(self, *texts):
         self.texts, self.calls = texts, []
 
-    def answer_about(self, images, questions, max_new_tokens):
+    def answer_about(self, images, questions, max_new_tokens, *, expects=None):
         self.calls.append((list(images), list(questions), max_new_tokens))
         return [Answer(self.texts[i % len(self.texts)], (), 0.5) for i in range(len(questions))]
 
-    def answer_shared(self, image, questions, max_new_tokens):
-        return self.answer_about([image], questions, max_new_tokens)
+    def answer_shared(self, image, questions, max_new_tokens, *, expects=None):
+        return self.answer_about([image], questions, max_new_tokens, expects=expects)
 
-    def answer_each(self, images, questions, max_new_tokens):
-        return self.answer_about(images, questions, max_new_tokens)
+    def answer_each(self, images, questions, max_new_tokens, *, expects=None):
+        return self.answer_about(images, questions, max_new_tokens, expects=expects)
 
 
 def assistant(*texts, force=False, **changes):
