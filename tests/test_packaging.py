@@ -29,7 +29,8 @@ SHIPPED_MODELS = ("demo", "sample_drive")
 # Distributions whose import name is another one.
 IMPORT_NAMES = {"opencv-python-headless": "cv2", "pillow": "PIL", "pyyaml": "yaml"}
 # Imported only where they happen to be installed, so nothing may demand them.
-OPTIONAL_IMPORTS = {"cv_bridge", "sensor_msgs_py", "torchvision", "huggingface_hub", "math_verify", "peft", "trl", "datasets"}
+OPTIONAL_IMPORTS = {"cv_bridge", "sensor_msgs_py", "torchvision", "huggingface_hub", "math_verify"}
+OPTIONAL_IMPORTS |= {"peft", "trl", "datasets"}
 
 
 def run(*command: str | Path, cwd: Path, **environment: str) -> str:
