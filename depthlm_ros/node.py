@@ -434,6 +434,10 @@ def main(args: list[str] | None = None, load: EstimatorFactory = load_estimator)
         status = 1
     except (KeyboardInterrupt, ExternalShutdownException):
         pass
+    except RuntimeError:
+        # A signal that comes while rclpy prepares to wait is told as a context that isn't valid.
+        if rclpy.ok():
+            raise
     ended = node.close() if node is not None else True
     rclpy.try_shutdown()
     if not ended:
