@@ -17,6 +17,7 @@ from depthlm_ros.errors import ConfigError
 from depthlm_ros.prompts import answer_text, compact_questions, coordinates_question
 from depthlm_training.asking import Asked
 from depthlm_training.dialogues import DialogueProcessor
+from depthlm_training.packed_attention import attend_packed, layout, packed_attention, seen_by, wholes
 from depthlm_training.packing import (
     IGNORED,
     PADDING,
@@ -52,6 +53,7 @@ def qwen3(tmp_path_factory) -> DialogueProcessor:
 
 def _load(folder: Path) -> tuple[PreTrainedModel, DialogueProcessor]:
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").eval()
+    attend_packed(model)
     return model, DialogueProcessor(open_checkpoint(folder))
 
 
@@ -64,7 +66,7 @@ def _logits(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
     with torch.no_grad():
         return model(
             input_ids=batch.ids,
-            attention_mask=batch.mask(),
+            attention_mask=seen_by(model, batch),
             position_ids=batch.positions,
             use_cache=False,
             **batch.images,
@@ -108,6 +110,57 @@ def test_logits_of_a_packed_pair_equal_those_of_the_pair_alone(loaded):
             del before[: len(alone)]
             torch.testing.assert_close(ours, alone, atol=2e-4, rtol=2e-4)
     assert not before
+
+
+@st.composite
+def _rows(draw) -> list[list[tuple[int, ...]]]:
+    """Rows of sequences, each its prefix's length and its pairs'."""
+    lengths = st.lists(st.integers(1, 5), min_size=1, max_size=4).map(tuple)
+    return draw(st.lists(st.lists(lengths, min_size=1, max_size=3), min_size=1, max_size=2))
+
+
+class _Layer(torch.nn.Module):
+    num_key_value_groups, is_causal = 2, True
+
+
+@given(_rows())
+def test_attention_by_layout_is_attention_with_the_mask(rows):
+    length = max(sum(map(sum, row)) for row in rows)
+    sequence = torch.full((len(rows), length), PADDING)
+    segment = torch.zeros_like(sequence)
+    for r, row in enumerate(rows):
+        at = 0
+        for number, lengths in enumerate(row):
+            for part, tokens in enumerate(lengths):
+                sequence[r, at : at + tokens], segment[r, at : at + tokens] = number, part
+                at += tokens
+    torch.manual_seed(length)
+    states = [torch.randn(len(rows), heads, length, 8, requires_grad=True) for heads in (4, 2, 2)]
+    given_back = torch.randn(len(rows), length, 4, 8) * (sequence != PADDING)[..., None, None]
+    by_layout, by_mask = (
+        packed_attention(_Layer(), *states, seen)[0] for seen in (layout(sequence, segment), visible(sequence, segment))
+    )
+    real = sequence != PADDING
+    torch.testing.assert_close(by_layout[real], by_mask[real], atol=1e-5, rtol=1e-5)
+    gradients = [torch.autograd.grad(out, states, given_back) for out in (by_layout, by_mask)]
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    found = [(whole.row, whole.prefix, *whole.pairs) for whole in wholes(layout(sequence, segment))]
+    padded = [(r, length - sum(map(sum, row))) for r, row in enumerate(rows)]
+    expected = [(r, *lengths) for r, row in enumerate(rows) for lengths in [*row, padded[r][1:]] if any(lengths)]
+    assert found == expected
+
+
+def test_without_a_layout_the_stock_attention_runs(loaded):
+    model, processor = loaded
+    ids = torch.arange(1, 9)[None]
+    language = model.model.language_model
+    with torch.no_grad():
+        ours = language(input_ids=ids, use_cache=False).last_hidden_state
+        model.config.get_text_config()._attn_implementation = "sdpa"
+        stock = language(input_ids=ids, use_cache=False).last_hidden_state
+    attend_packed(model)
+    assert torch.equal(ours, stock)
 
 
 def test_images_of_two_sizes_in_one_sequence(loaded):

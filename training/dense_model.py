@@ -28,6 +28,7 @@ from depthlm_ros.engines.devices import choose_placement
 from depthlm_ros.engines.dpt_head import MAPS, DPTDepthHead
 from depthlm_ros.engines.loading import load_model
 from depthlm_ros.errors import ConfigError, ModelError, unknown_choice
+from depthlm_training.packed_attention import attend_packed
 from depthlm_training.packing import Batch
 from depthlm_training.sft import answer_loss
 
@@ -169,6 +170,7 @@ def load_dense(checkpoint: Checkpoint, patch_px: int, settings: HeadSettings) ->
         ModelError: weights that don't fit, or an architecture that the head can't read.
     """
     vlm = load_model(checkpoint, choose_placement("cpu", "float32"))
+    attend_packed(vlm)
     width = vlm.config.get_text_config().hidden_size
     maps = len(checkpoint.config["vision_config"].get("deepstack_visual_indexes", ()))
     if checkpoint.has_dense_head:

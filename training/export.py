@@ -33,6 +33,7 @@ from depthlm_training.dense import DenseObjective
 from depthlm_training.dense_batches import DenseBatch
 from depthlm_training.dense_model import HeadSettings, load_dense
 from depthlm_training.dense_recipe import DenseRecipe
+from depthlm_training.packed_attention import seen_by
 from depthlm_training.packing import IGNORED, Batch
 from depthlm_training.recipes import recipe_file
 from depthlm_training.sft import TextObjective, TextRecipe
@@ -164,7 +165,11 @@ def _logits(model: Any, batch: Batch) -> torch.Tensor:
     """(supervised tokens, vocabulary) float32."""
     batch = batch.to(_CPU)
     states = model.model(
-        input_ids=batch.ids, attention_mask=batch.mask(), position_ids=batch.positions, use_cache=False, **batch.images
+        input_ids=batch.ids,
+        attention_mask=seen_by(model, batch),
+        position_ids=batch.positions,
+        use_cache=False,
+        **batch.images,
     ).last_hidden_state
     return model.lm_head(states[:, :-1][batch.labels[:, 1:] != IGNORED]).float()
 

@@ -246,7 +246,7 @@ def collate(packed: Sequence[Packed], tokens_per_row: int) -> Batch:
 
     Args:
         packed: in any order.
-        tokens_per_row: bounds the memory of attention, which is the square of a row.
+        tokens_per_row: bounds the memory of a step.
 
     Raises:
         ConfigError: a single pair with its image is longer than a row.

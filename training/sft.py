@@ -32,6 +32,7 @@ from depthlm_training.config import as_yaml, load
 from depthlm_training.folders import save_folder
 from depthlm_training.mixtures import open_mixture
 from depthlm_training.objective import Loss, TrainSettings
+from depthlm_training.packed_attention import attend_packed, seen_by
 from depthlm_training.packing import IGNORED, Batch
 from depthlm_training.parallel import DTYPES
 from depthlm_training.parts import Lora, add_lora, merged_weights, passes, train_only
@@ -153,6 +154,7 @@ def open_objective(recipe: TextRecipe) -> TextObjective:
     checkpoint, card = opened(recipe)
     make = text_batches(recipe, checkpoint, card)
     model = load_model(checkpoint, choose_placement("cpu", "float32"))
+    attend_packed(model)
     train_only(model, recipe.trained)
     if recipe.lora.rank:
         add_lora(model, recipe.lora)
@@ -214,7 +216,7 @@ def answer_loss(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
     """
     states = model.model(
         input_ids=batch.ids,
-        attention_mask=batch.mask(),
+        attention_mask=seen_by(model, batch),
         position_ids=batch.positions,
         use_cache=False,
         **batch.images,
