@@ -587,10 +587,19 @@ def test_a_configuration_opens_its_sources(tmp_path):
     entries = [
         {"labels": str(labels), "depth_kind": "z", "part": [0, 0.5], "range_m": "ibims", "weight": 3},
         {"dialogue": str(write_rows(tmp_path, {"image": "0.png", "dialogue": [["a", "b"]]})), "weight": 0.5},
-        {"scenes": 7, "seed": 0, "split": "train", "cameras": [[60, 62, 31, 24.5, 64, 48]], "weight": 0.5},
+        {"scenes": 7, "seed": 0, "split": "train", "cameras": [[60, 62, 31, 24.5, 64, 48]], "weight": 0.25},
+        {
+            "pairs": 5,
+            "task": "pose",
+            "seed": 0,
+            "split": "train",
+            "cameras": [[60, 62, 31, 24.5, 64, 48]],
+            "weight": 0.25,
+        },
     ]
     mixture = open_mixture(entries, seed=3)
-    assert [len(source) for source in mixture.sources] == [2, 1, 7]
+    assert [len(source) for source in mixture.sources] == [2, 1, 7, 5]
+    assert len(mixture.sources[3][0].dialogue) >= 3
     assert Counter(mixture.draw(k)[0] for k in range(512))[0] == pytest.approx(384, abs=3)
     assert mixture.sources[2][0].cameras == (CAMERA,)
 
@@ -599,7 +608,7 @@ def test_a_configuration_opens_its_sources(tmp_path):
     ("change", "expected"),
     [
         ({"depth_knd": "z"}, "did you mean 'depth_kind'"),
-        ({"dialogue": "b.jsonl"}, "exactly one of labels, dialogue, scenes"),
+        ({"dialogue": "b.jsonl"}, "exactly one of labels, dialogue, scenes, pairs"),
         ({}, "lacks 'depth_kind'"),
         ({"depth_kind": "z", "weight": 1}, "1 of 2 data entries have a weight"),
     ],

@@ -27,6 +27,7 @@ from depthlm_training.config import as_yaml, build
 from depthlm_training.parts import PARTS, merged_weights, part_of, train_only
 from depthlm_training.rows import BadRow
 from depthlm_training.sources import Example
+from depthlm_training.trainer import train
 
 CAMERA = Camera(180.0, 190.0, 100.0, 70.0, 200, 150)
 CPU = torch.device("cpu")
@@ -387,7 +388,7 @@ def test_a_model_learns_what_it_is_told_and_the_engine_says_it(folder, tmp_path)
     )  # fmt: skip
     objective = sft.open_objective(recipe)
     before = objective.loss(objective.make(0), CPU).total.item()
-    sft.train(objective, recipe.train, recipe.run)
+    train(objective, recipe.train, recipe.run)
     after = objective.loss(objective.make(0), CPU).total.item()
     assert after < 0.05 * before
     saved = tmp_path / "saved"
@@ -417,8 +418,8 @@ def test_mistakes_are_told_in_a_line(folder, capsys):
 @pytest.mark.slow
 def test_two_processes_with_sharded_weights_do_what_one_does(folder, tmp_path):
     recipe = {"model": str(folder), "data": [SCENES], "points": 3, "images": 2, "run": str(tmp_path / "two")}
-    train = {"steps": 2, "micro_batches": 2, "log_every": 1, "lr": 1e-3, "device": "cpu", "warmup": 0}
-    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe | {"train": train | {"parallel": "fsdp2"}}))
+    settings = {"steps": 2, "micro_batches": 2, "log_every": 1, "lr": 1e-3, "device": "cpu", "warmup": 0}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe | {"train": settings | {"parallel": "fsdp2"}}))
     script = tmp_path / "run.py"
     script.write_text(
         "import sys\nimport conftest\nfrom depthlm_training import sft\nsys.exit(sft.main(sys.argv[1:]))\n"
@@ -429,8 +430,8 @@ def test_two_processes_with_sharded_weights_do_what_one_does(folder, tmp_path):
         [*torchrun, str(script), str(tmp_path / "recipe.yaml")],
         env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}, check=True, capture_output=True, timeout=100,
     )  # fmt: skip
-    alone = build(sft.TextRecipe, recipe | {"train": train, "run": str(tmp_path / "one")})
-    sft.train(sft.open_objective(alone), alone.train, alone.run)
+    alone = build(sft.TextRecipe, recipe | {"train": settings, "run": str(tmp_path / "one")})
+    train(sft.open_objective(alone), alone.train, alone.run)
     one, two = (
         [json.loads(line) for line in (tmp_path / name / "course.jsonl").read_text().splitlines()]
         for name in ("one", "two")

@@ -11,6 +11,13 @@ data:
     split: train
     cameras: [[200, 200, 143.5, 95.5, 288, 192]]
     weight: 1
+  - pairs: 5000
+    task: pose
+    seed: 0
+    split: train
+    cameras: [[200, 200, 143.5, 95.5, 288, 192]]
+    weight: 0.1
+    ask: {pose: 1}
 """
 
 from __future__ import annotations
@@ -21,17 +28,23 @@ from collections.abc import Mapping, Sequence
 from depthlm_ros.camera import Camera
 from depthlm_ros.errors import ConfigError, unknown_choice
 from depthlm_training.data import Mixture
+from depthlm_training.scene_pairs import ScenePairSource
 from depthlm_training.sources import DialogueSource, LabelledSource, SceneSource, Source
 
 # The key that says what an entry is, with the argument that its value is for.
-KINDS = {"labels": (LabelledSource, "path"), "dialogue": (DialogueSource, "path"), "scenes": (SceneSource, "count")}
+KINDS = {
+    "labels": (LabelledSource, "path"),
+    "dialogue": (DialogueSource, "path"),
+    "scenes": (SceneSource, "count"),
+    "pairs": (ScenePairSource, "count"),
+}
 
 
 def open_mixture(entries: Sequence[Mapping[str, object]], seed: int = 0, bad_rows: float = 0.01) -> Mixture:
     """Opens all sources of a configuration.
 
     Args:
-        entries: each with `labels`, `dialogue` or `scenes`, the other arguments of that source, and maybe a `weight`;
+        entries: each with one of the keys in `KINDS`, the other arguments of that source, and maybe a `weight`;
             without any weights each source counts by its rows.
         seed: of the draws.
         bad_rows: how many rows may be bad, below 1 a share of all.

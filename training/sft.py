@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -24,11 +23,12 @@ from depthlm_ros.engines.base import ImageGrid
 from depthlm_ros.engines.checkpoint import Checkpoint, open_checkpoint
 from depthlm_ros.engines.devices import choose_placement
 from depthlm_ros.engines.loading import load_model
-from depthlm_ros.errors import ConfigError, DepthLMError
+from depthlm_ros.errors import ConfigError
 from depthlm_ros.modelcard import read_card
 from depthlm_training.asking import DEPTH, MOTION, SINGLE, Asking
 from depthlm_training.batches import TextBatches, Way, dialogue_processor, marked_text
-from depthlm_training.config import as_yaml, load
+from depthlm_training.command import run_command
+from depthlm_training.config import as_yaml
 from depthlm_training.folders import save_folder
 from depthlm_training.mixtures import open_mixture
 from depthlm_training.objective import Loss, TrainSettings
@@ -38,7 +38,6 @@ from depthlm_training.parallel import DTYPES
 from depthlm_training.parts import Lora, add_lora, merged_weights, passes, train_only
 from depthlm_training.rows import BadRows
 from depthlm_training.throughput import Work, training_flop
-from depthlm_training.trainer import train
 
 # Supervised tokens that are scored over the vocabulary at the same time.
 SCORED_TOKENS = 1024
@@ -238,21 +237,14 @@ def _scored(head: nn.Module, states: torch.Tensor, labels: torch.Tensor) -> torc
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a recipe; 0 when it has ended well, 1 with one line on standard error when it couldn't."""
-    parser = argparse.ArgumentParser(prog="python -m depthlm_training.sft", description="Teaches a model to say depth.")
-    parser.add_argument("settings", nargs="+", help="YAML files and key=value, later ones win")
-    parser.add_argument("--dry-run", action="store_true", help="print the settings and one row, train nothing")
-    parser.add_argument("--resume", action="store_true", help="go on from the run's last checkpoint")
-    options = parser.parse_args(arguments)
-    try:
-        recipe = load(TextRecipe, options.settings)
-        if options.dry_run:
-            print(dry_run(recipe))
-        else:
-            train(open_objective(recipe), recipe.train, recipe.run, options.resume)
-    except DepthLMError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return run_command(
+        TextRecipe,
+        open_objective,
+        dry_run,
+        prog="python -m depthlm_training.sft",
+        description="Teaches a model to say depth.",
+        arguments=arguments,
+    )
 
 
 def dry_run(recipe: TextRecipe) -> str:
