@@ -13,19 +13,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image
 
 from depthlm_ros import motion, pose, tasks
 from depthlm_ros.camera import Camera, UnifiedView, unify
 from depthlm_ros.correspondence import MatchResult, correspondence_question, long_edge_view, read_matches
 from depthlm_ros.engines.base import Answer
-from depthlm_ros.errors import CameraError, ConfigError, PixelError
+from depthlm_ros.errors import ConfigError, PixelError
 from depthlm_ros.estimator import Estimator
 from depthlm_ros.markers import draw_arrow, drawable
 from depthlm_ros.motion import Measured, Said
 from depthlm_ros.objects import object_question, parse_length_m, parse_yes_no, shown_boxes
 from depthlm_ros.pose import RelativePose
-from depthlm_ros.published import MAX_VIEW_PIXELS, check_size
+from depthlm_ros.published import published_pose_image
 
 # Marked images handed to the engine at once, so that they don't fill the memory.
 _CHUNK = 256
@@ -244,22 +243,10 @@ class Assistant:
         return unify(image, camera, focal_px, estimator.policy, estimator.engine.grid, estimator.card.system)
 
     def _pose_image(self, image: np.ndarray, camera: Camera, focal_px: float) -> np.ndarray:
-        """An image at the focal length of the pose questions.
-
-        VLM3's sample data has fx = fy = 750 here (1752x1168 became 2830x1884, each side by its own focal length),
-        unlike in its other tasks, which scale by fx alone.
-        """
         if self.estimator.policy == "exact" or not camera.distortion.is_identity:
             grid = self.estimator.engine.grid if self.estimator.policy == "exact" else None
             return unify(image, camera, focal_px, "exact", grid).image
-        if image.shape[:2] != (camera.height, camera.width):
-            raise CameraError(
-                f"the image is {image.shape[1]}x{image.shape[0]} but its camera is {camera.width}x{camera.height}; "
-                "pass the intrinsics of this image"
-            )
-        size = int(camera.width * (focal_px / camera.fx)), int(camera.height * (focal_px / camera.fy))
-        check_size(*size, camera, focal_px, MAX_VIEW_PIXELS)
-        return np.asarray(Image.fromarray(np.ascontiguousarray(image)).resize(size, Image.Resampling.BICUBIC))
+        return published_pose_image(image, camera, focal_px)
 
     def _said(
         self,

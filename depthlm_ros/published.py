@@ -52,6 +52,30 @@ def published_view(image: np.ndarray, camera: Camera, focal_px: float, system: s
     return _depthlm_view(image, camera, focal_px)
 
 
+def published_pose_image(image: np.ndarray, camera: Camera, focal_px: float) -> np.ndarray:
+    """An image at the focal length of VLM3's pose questions, (H', W', 3) uint8.
+
+    Its sample data has fx = fy = 750 there (1752x1168 became 2830x1884, each side by its own focal length), unlike in
+    its other tasks, which scale by fx alone.
+
+    Args:
+        image: (H, W, 3) uint8 RGB without lens distortion.
+        camera: its intrinsics.
+        focal_px: VLM3's of this task.
+
+    Raises:
+        CameraError: the camera is another image's, or the result would be empty or have too many pixels.
+    """
+    if image.shape[:2] != (camera.height, camera.width):
+        raise CameraError(
+            f"the image is {image.shape[1]}x{image.shape[0]} but its camera is {camera.width}x{camera.height}; "
+            "pass the intrinsics of this image"
+        )
+    size = int(camera.width * (focal_px / camera.fx)), int(camera.height * (focal_px / camera.fy))
+    check_size(*size, camera, focal_px, MAX_VIEW_PIXELS)
+    return np.asarray(_picture(image).resize(size, Image.Resampling.BICUBIC))
+
+
 def check_size(width: int, height: int, camera: Camera, focal_px: float, max_pixels: int) -> None:
     """Refuses sizes that come from a wrong focal length.
 

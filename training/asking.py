@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from PIL import Image
 
 from depthlm_ros import motion
 from depthlm_ros.camera import Camera, UnifiedView, unify
@@ -32,7 +31,7 @@ from depthlm_ros.prompts import (
     marker_question,
     normalise_pixel,
 )
-from depthlm_ros.published import MAX_VIEW_PIXELS, check_size
+from depthlm_ros.published import published_pose_image
 from depthlm_ros.tasks import VLM3_FOCAL_PX
 from depthlm_ros.unify import POLICIES
 from depthlm_training.rows import NO_LABELS, UNUSABLE_CAMERA, BadRow
@@ -285,10 +284,7 @@ def _told(image: np.ndarray, camera: Camera | None, how: Asking) -> np.ndarray:
     if camera is None or focal_px is None:
         return image
     if how.dialect == "pose" and how.policy == "published" and camera.distortion.is_identity:
-        # VLM3's pose images have fx = fy, unlike those of its other tasks: each side by its own focal length.
-        size = int(camera.width * (focal_px / camera.fx)), int(camera.height * (focal_px / camera.fy))
-        check_size(*size, camera, focal_px, MAX_VIEW_PIXELS)
-        return np.asarray(Image.fromarray(np.ascontiguousarray(image)).resize(size, Image.Resampling.BICUBIC))
+        return published_pose_image(image, camera, focal_px)
     return shown(image, camera, how, focal_px).image
 
 

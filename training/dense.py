@@ -34,7 +34,7 @@ from depthlm_training.losses import gradient_term, log_ratio, read_map, silog
 from depthlm_training.mixtures import open_mixture
 from depthlm_training.objective import Loss
 from depthlm_training.parallel import DTYPES
-from depthlm_training.parts import add_lora, merged_weights, passes, train_only
+from depthlm_training.parts import add_lora, merged_weights, passes, recompute_layers, train_only
 from depthlm_training.rows import BadRows
 from depthlm_training.sft import marked_text, text_batches
 from depthlm_training.sft import trained_card as text_card
@@ -153,7 +153,7 @@ def open_objective(recipe: DenseRecipe) -> DenseObjective:
     if recipe.lora.rank:
         add_lora(model, recipe.lora)
     if recipe.checkpointing:
-        model.vlm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        recompute_layers(model.vlm)
     dtype = DTYPES[recipe.train.dtype]
     trained = trained_card(card, make)
     return DenseObjective(model, make, recipe.loss, recipe.talk.weight, checkpoint, trained, dtype)

@@ -20,6 +20,7 @@ from fnmatch import fnmatchcase
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from depthlm_ros.errors import ConfigError, MissingDependencyError, unknown_choice
 from depthlm_training.throughput import FROZEN, FROZEN_FIRST, TRAINED
@@ -82,6 +83,13 @@ def train_only(model: nn.Module, wanted: Sequence[str]) -> None:
         # A tied weight has two names; either will do.
         if name in chosen:
             weight.requires_grad_(True)
+
+
+def recompute_layers(model: PreTrainedModel) -> None:
+    """Keeps no activations of the layers; the backward pass computes them again (gradient checkpointing)."""
+    # transformers 5.23 has another name for it, and warns of the old one.
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable({"use_reentrant": False})
 
 
 def add_lora(model: nn.Module, lora: Lora) -> None:

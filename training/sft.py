@@ -35,7 +35,7 @@ from depthlm_training.objective import Loss, TrainSettings
 from depthlm_training.packed_attention import attend_packed, seen_by
 from depthlm_training.packing import IGNORED, Batch
 from depthlm_training.parallel import DTYPES
-from depthlm_training.parts import Lora, add_lora, merged_weights, passes, train_only
+from depthlm_training.parts import Lora, add_lora, merged_weights, passes, recompute_layers, train_only
 from depthlm_training.rows import BadRows
 from depthlm_training.throughput import Work, training_flop
 
@@ -158,7 +158,7 @@ def open_objective(recipe: TextRecipe) -> TextObjective:
     if recipe.lora.rank:
         add_lora(model, recipe.lora)
     if recipe.checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        recompute_layers(model)
     return TextObjective(model, make, checkpoint, trained_card(card, make), DTYPES[recipe.train.dtype])
 
 

@@ -64,7 +64,7 @@ def see(net: DemoNet, batch: Batch, stage: Stage) -> tuple[Encoded, torch.Tensor
     """Runs a batch; returns it encoded, its depths (B, H, W) where the network is, and what seeing costs."""
     images, depths, marks = (torch.from_numpy(x).to(net.device) for x in (batch.images, batch.depths, batch.marks))
     encoded = net.encode(images)
-    loss = dense_loss(net, encoded, depths, stage.probe_weight)
+    loss = stage.dense_weight * dense_loss(net, encoded, depths, stage.probe_weight)
     return encoded, depths, loss + stage.finder_weight * finder_loss(net, encoded, marks, depths)
 
 

@@ -79,8 +79,13 @@ def text_loss(
     about_to_say = rows.row.to(states.device), rows.before.to(states.device)
     said = torch.from_numpy(target_m).float().log().to(states.device)
     error = (helpers.regressor(states[about_to_say]).float()[:, 0] - said).abs().mean()
-    off = (helpers.locator(early[about_to_say]).float() - places.to(states.device)).abs().mean()
+    off = location_loss(helpers.locator(early[about_to_say]), places, stage)
     return loss + stage.regression_weight * error + stage.location_weight * off
+
+
+def location_loss(found: torch.Tensor, places: torch.Tensor, stage: TextStage) -> torch.Tensor:
+    """Mean error of found places (P, 2), shares of the image's sides: absolute where far off, squared where near."""
+    return nn.functional.smooth_l1_loss(found.float(), places.to(found.device), beta=stage.location_beta)
 
 
 def drill_loss(
@@ -91,7 +96,7 @@ def drill_loss(
     model = net.vlm.model.language_model
     positions = torch.arange(ids.shape[1], device=net.device).expand(3, -1)
     states = read(model, model.embed_tokens(ids), positions, layers=2).states
-    return (helpers.locator(states[row, ends]).float() - shares).abs().mean()
+    return location_loss(helpers.locator(states[row, ends]), shares, stage)
 
 
 @torch.no_grad()
