@@ -22,7 +22,7 @@ from depthlm_ros.markers import ARROW_COLOUR
 from depthlm_ros.modelcard import ModelCard
 from depthlm_ros.prompts import parse_compact_points, parse_depth
 from depthlm_training import sft
-from depthlm_training.asking import MOTION, SINGLE, Asking, ask, cropped, shown, speed_answer, time_answer
+from depthlm_training.asking import MOTION, SINGLE, Asking, ask, cropped, shown, speed_answer, stretched, time_answer
 from depthlm_training.config import as_yaml, build
 from depthlm_training.parts import PARTS, merged_weights, part_of, train_only
 from depthlm_training.rows import BadRow
@@ -155,7 +155,7 @@ def test_the_packages_parsers_read_the_answers(task):
 
 def test_crops_are_centred_of_the_published_sizes_and_keep_points_in_place():
     card = _card(policy="published", focal_px=1800.0)
-    how = Asking("coordinates", card, policy="published", crops=True)
+    how = Asking("coordinates", card, policy="published", crops="centred")
     view = shown(_example().images[0], CAMERA, how)
     assert (view.camera.width, view.camera.height) == (2000, 1500)
     sizes = set()
@@ -171,6 +171,23 @@ def test_crops_are_centred_of_the_published_sizes_and_keep_points_in_place():
     assert len(sizes) == 5
 
 
+def test_stretched_images_have_the_published_heights_and_keep_points_in_place():
+    card = _card(policy="published", focal_px=1800.0)
+    view = shown(_example().images[0], CAMERA, Asking("coordinates", card, policy="published"))
+    point, heights = np.array([[100.0, 70.0]]), set()
+    for seed in range(5):
+        other = stretched(view, np.random.default_rng(seed))
+        height, width = other.image.shape[:2]
+        assert width == 2000 and 2000 / 1.3 - 1 <= height <= 2000
+        assert (other.camera.fx, other.camera.cx) == (view.camera.fx, view.camera.cx)
+        np.testing.assert_allclose(other.to_source(other.from_source(point)), point, atol=0.1)
+        # A row of the image is where its points are.
+        row = float(other.from_source(point)[0, 1])
+        assert row == pytest.approx((view.from_source(point)[0, 1]) * height / 1500, abs=2)
+        heights.add(height)
+    assert len(heights) == 5
+
+
 def test_crops_of_the_exact_policy_are_sizes_that_the_processor_keeps():
     view = shown(_example().images[0], CAMERA, Asking("coordinates", _card(focal_px=1800.0)))
     crop = cropped(view, np.random.default_rng(0), 32)
@@ -179,7 +196,7 @@ def test_crops_of_the_exact_policy_are_sizes_that_the_processor_keeps():
 
 def test_points_outside_a_crop_are_not_asked():
     example = _example(pixels=np.array([[2.0, 2.0], [100.0, 75.0]], np.float32), depth_m=np.float32([1, 2]))
-    how = Asking("coordinates", _card(focal_px=1800.0), points=2, crops=True)
+    how = Asking("coordinates", _card(focal_px=1800.0), points=2, crops="centred")
     asked = ask(example, how, np.random.default_rng(0))
     assert [parse_depth(answer) for _, answer in asked.pairs] == [2.0]
 

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from PIL import Image
 
 from depthlm_ros import motion
 from depthlm_ros.camera import Camera, UnifiedView, unify
@@ -46,6 +47,9 @@ ASKED_OF = (*DEPTH, *MOTION, *DIALOGUES)
 
 # DepthLM's loader (utils/datasets.py): random sizes of centred crops, in pixels of the unified image.
 CROP_HEIGHTS, CROP_WIDTHS = (700, 1200), (1000, 1400)
+# And what it does to Taskonomy's square images instead: the height becomes the width over a random ratio.
+STRETCHED_RATIOS = (1.0, 1.3)
+CROPS = ("none", "centred", "stretched")
 # Two decimals say nothing nearer.
 LEAST_M = 0.005
 # Where DepthLM's figure asks with 4.0 s and 6.0 m/s.
@@ -61,7 +65,7 @@ class Asking:
         card: focal length, ranges of coordinates, what answers measure and how they are worded.
         policy: how images are brought to the focal length, "published" or "exact".
         points: questions about an image; an arrow marks one point, about which "speed" and "time" ask so often.
-        crops: DepthLM's centred crops of random size.
+        crops: "centred", DepthLM's crops of random size; "stretched", what it does to Taskonomy's images; or "none".
         each: points a question, in the compact dialect.
         grid: sizes that the model's processor leaves alone, which "exact" gives it.
 
@@ -73,7 +77,7 @@ class Asking:
     card: ModelCard
     policy: str = "exact"
     points: int = 1
-    crops: bool = False
+    crops: str = "none"
     each: int = 1
     grid: ImageGrid | None = None
 
@@ -82,6 +86,8 @@ class Asking:
             raise ConfigError(unknown_choice("dialect", self.dialect, ASKED_OF))
         if self.policy not in POLICIES:
             raise ConfigError(unknown_choice("policy", self.policy, POLICIES))
+        if self.crops not in CROPS:
+            raise ConfigError(unknown_choice("crops", self.crops, CROPS))
         if self.points < 1 or self.each < 1:
             raise ConfigError(f"points is {self.points} and each {self.each}; ask about at least 1")
         if self.points > 1 and self.dialect in SINGLE:
@@ -167,8 +173,11 @@ def labelled_points(example: Example, how: Asking, rng: np.random.Generator) -> 
     if camera is None:
         raise BadRow(example.name, UNUSABLE_CAMERA, "no intrinsics, which questions about depth need")
     view = shown(example.images[0], camera, how)
-    if how.crops:
-        view = cropped(view, rng, how.grid.multiple if how.grid is not None and how.policy == "exact" else 1)
+    multiple = how.grid.multiple if how.grid is not None and how.policy == "exact" else 1
+    if how.crops == "centred":
+        view = cropped(view, rng, multiple)
+    elif how.crops == "stretched":
+        view = stretched(view, rng, multiple)
     at = view.from_source(example.pixels)
     points = Points(view, at, camera.unproject(example.pixels, example.depth_m))
     distance = points.depth("euclidean")
@@ -200,6 +209,23 @@ def cropped(view: UnifiedView, rng: np.random.Generator, multiple: int = 1) -> U
     left, top = (view.camera.width - width) // 2, (view.camera.height - height) // 2
     window = view.image[top : top + height, left : left + width]
     return replace(view, image=np.ascontiguousarray(window), camera=view.camera.cropped(left, top, width, height))
+
+
+def stretched(view: UnifiedView, rng: np.random.Generator, multiple: int = 1) -> UnifiedView:
+    """DepthLM's way with Taskonomy: the image resampled to a random height, so that fy is no longer fx.
+
+    Args:
+        view: whose height changes and whose width stays.
+        rng: draws the ratio of width to height.
+        multiple: the height is rounded down to a multiple of this.
+    """
+    camera = view.camera
+    drawn = int(camera.width / rng.uniform(*STRETCHED_RATIOS))
+    height = max(drawn // multiple, 1) * multiple
+    picture = Image.fromarray(np.ascontiguousarray(view.image))
+    image = np.asarray(picture.resize((camera.width, height), Image.Resampling.BICUBIC))
+    share = height / camera.height
+    return replace(view, image=image, camera=replace(camera, fy=camera.fy * share, cy=camera.cy * share, height=height))
 
 
 def depth_answer(depth_m: float, card: ModelCard, dialect: str) -> str:

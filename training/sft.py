@@ -56,7 +56,7 @@ class TextRecipe:
         points: questions about an image; about a marked image it is always one.
         each: points a question of the compact dialect.
         policy: how images are brought to the card's focal length; None takes the card's.
-        crops: DepthLM's centred crops of random size.
+        crops: "centred" or "stretched" as DepthLM's loader does, or "none"; an entry of `data` may have its own.
         supervise: "answers", or "published": everything but images, one pair a sequence (DepthLM's collator).
         images: in a micro-batch.
         tokens_per_row: longest row; a micro-batch that has more tokens becomes several rows.
@@ -74,7 +74,7 @@ class TextRecipe:
     points: int = 10
     each: int = 1
     policy: Literal["published", "exact"] | None = None
-    crops: bool = False
+    crops: str = "none"
     supervise: Literal["answers", "published"] = "answers"
     images: int = 1
     tokens_per_row: int = 8192
@@ -172,7 +172,7 @@ def opened(recipe: TextRecipe) -> tuple[Checkpoint, ModelCard]:
 def text_batches(recipe: TextRecipe, checkpoint: Checkpoint, card: ModelCard) -> TextBatches:
     """What makes the micro-batches of a recipe; raises as `open_objective` does."""
     grid = dialogue_processor(checkpoint.folder, card.system_text).grid
-    entries = [{key: value for key, value in entry.items() if key != "ask"} for entry in recipe.data]
+    entries = [{key: value for key, value in entry.items() if key not in ("ask", "crops")} for entry in recipe.data]
     return TextBatches(
         mixture=open_mixture(entries, recipe.train.seed, recipe.train.bad_rows),
         ways=tuple(_ways(entry, recipe, card, grid) for entry in recipe.data),
@@ -271,7 +271,7 @@ def _ways(entry: dict[str, Any], recipe: TextRecipe, card: ModelCard, grid: Imag
                 card=card,
                 policy=recipe.policy or card.policy,
                 points=1 if one or dialect in SINGLE else recipe.points,
-                crops=recipe.crops,
+                crops=entry.get("crops", recipe.crops),
                 each=recipe.each if dialect == "compact" else 1,
                 grid=grid,
             ),

@@ -112,7 +112,7 @@ def run(settings: Settings, seed: int, folder: Path) -> dict[str, Outcome]:
         truth = torch.from_numpy(depths)
         loss = map_loss(learner.net, encoded, truth)
         loss = loss + silog_loss(both.second.raw_batch(encoded.states, encoded.grid).float(), truth)
-        return loss + text_loss(learner, encoded, rows, asked.depth_m)  # last: it makes the images' cache longer
+        return loss + text_loss(learner, encoded, rows, asked.depth_m)
 
     effort = fit(both, settings.steps, loss_of, settings.rates, f"text and heads, seed {seed}")
     took = {"cpu_seconds": effort.cpu_seconds, "images": settings.steps * settings.images}
