@@ -80,4 +80,4 @@ class TextStage(Stage):
 
 
 DENSE = Stage(name="dense", steps=2400, arrows=6, largest=4)
-TEXT = TextStage(name="text", steps=4500, largest=2, dense_weight=4.0, finder_weight=0.1, decay=0.4, save_every=150)
+TEXT = TextStage(name="text", steps=3150, largest=2, dense_weight=8.0, finder_weight=0.1, decay=0.4, save_every=150)
