@@ -31,7 +31,7 @@ from depthlm_training.demo.dialogue import IGNORED, Dialogue, ask
 from depthlm_training.demo.model import DemoNet, Size
 from depthlm_training.demo.optim import save_state
 from depthlm_training.demo.stages import DENSE, TEXT
-from depthlm_training.demo.text import answer_states, text_delta1, train_text
+from depthlm_training.demo.text import Helpers, answer_states, text_delta1, train_text
 from depthlm_training.demo.tower import look, patches
 from depthlm_training.demo.vocabulary import build_tokenizer, save_processor
 from depthlm_training.raycast import BOX, CYLINDER, SPHERE, Pose, Scene, render
@@ -358,7 +358,7 @@ def test_a_stage_with_compact_runs_resumes_and_ends_with_the_same_weights(tokeni
 
     def train(folder):
         net = DemoNet(tokenizer, TINY, seed=3)
-        train_text(net, tokenizer, bank, stage, tmp_path / folder, seed=0)
+        train_text(net, Helpers(net.size.hidden), tokenizer, bank, stage, tmp_path / folder, seed=0)
         return net.state_dict()
 
     def save_and_keep(path, module, optimizer, step):

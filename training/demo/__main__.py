@@ -1,4 +1,4 @@
-"""Makes `models/demo` again: scenes, two stages, scores, card. One command:
+"""Makes `models/demo` again: scenes, three stages, scores, card. One command:
 
     python -m depthlm_training.demo --run runs/demo --out models/demo
 
@@ -25,8 +25,8 @@ from depthlm_training.demo.bank import SHARD, SceneBank, render_bank
 from depthlm_training.demo.dense import train_dense
 from depthlm_training.demo.model import DemoNet
 from depthlm_training.demo.score import MARKER_POINTS, POINTS, SCENES, score
-from depthlm_training.demo.stages import DENSE, TEXT, Stage, TextStage
-from depthlm_training.demo.text import train_text
+from depthlm_training.demo.stages import DENSE, POLISH, TEXT, Stage, TextStage
+from depthlm_training.demo.text import Helpers, train_text
 from depthlm_training.demo.vocabulary import build_tokenizer, save_processor
 
 
@@ -38,6 +38,7 @@ class Recipe:
     scenes: int = 24_000
     dense: Stage = DENSE
     text: TextStage = TEXT
+    polish: TextStage = POLISH
 
 
 _FEW = {"steps": 4, "batch": 4, "save_every": 2}
@@ -45,6 +46,7 @@ SMOKE = Recipe(
     scenes=SHARD,
     dense=replace(DENSE, **_FEW),
     text=replace(TEXT, images=2, questions=4, points=12, drill=24, **_FEW),
+    polish=replace(POLISH, images=2, questions=4, points=12, drill=24, **_FEW),
 )
 
 
@@ -65,7 +67,10 @@ def make(recipe: Recipe, run: Path, out: Path, start: Path | None, device: str, 
     net.to(device)
     bank = SceneBank(render_bank(run / "scenes", recipe.scenes, recipe.seed), recipe.scenes)
     train_dense(net, bank, recipe.dense, run, recipe.seed, workers)
-    train_text(net, tokenizer, bank, recipe.text, run, recipe.seed, workers)
+    helpers = Helpers(net.size.hidden).to(device)
+    # Seeds apart, so that the third stage sees other crops and questions than the second.
+    for stage, seed in ((recipe.text, recipe.seed), (recipe.polish, recipe.seed + 100)):
+        train_text(net, helpers, tokenizer, bank, stage, run, seed, workers)
     net.save(out)
     save_processor(out, tokenizer)
 
@@ -113,13 +118,16 @@ factor of 1.25. What knows no image reaches: best constant **{best_constant:.3f}
     python -m depthlm_training.demo --run runs/demo --out models/demo{start}
 
 Seed {recipe.seed}; {recipe.scenes} rendered scenes, begun with {begun}. Stage 1 (dense):
-{recipe.dense.steps} steps of {recipe.dense.batch} images, {dense_minutes:.0f} minutes. Stage 2 (text):
-{recipe.text.steps} steps of {recipe.text.batch} images, {marked:.0f} % of them with an arrow and a question about it,
-{recipe.text.images} others with {recipe.text.questions} questions in text coordinates or {recipe.text.points} compact
-points each, {text_minutes:.0f} minutes. Machine: {machine}.
+{recipe.dense.steps} steps of {recipe.dense.batch} images, {minutes[dense]:.0f} minutes. {text} {polish}
+Machine: {machine}.
 It did other work at the same time, so the minutes are an upper bound.
 `python -m depthlm_training.demo.score models/demo` measures the table again.
 """
+
+STAGE = """Stage {number} ({stage.name}):
+{stage.steps} steps of {stage.batch} images, {marked:.0f} % of them with an arrow and a question about it,
+{stage.images} others with {stage.questions} questions in text coordinates or {stage.points} compact points each,
+{minutes:.0f} minutes."""
 
 ROW = "| {} | {:.3f} ({:.3f} to {:.3f}) | {:+.3f} | {:.3f} | {:.2f} | {} of {} |"
 
@@ -137,6 +145,7 @@ def write_card(recipe: Recipe, run: Path, out: Path, figures: dict, start: Path 
         machine = torch.cuda.get_device_name(device)
     else:
         machine = f"{len(os.sched_getaffinity(0))} core(s), no GPU"
+    minutes = {name: seconds_spent(run / f"{name}.jsonl") / 60 for name in ("dense", "text", "polish")}
     card = CARD.format(
         parameters=figures["parameters"] / 1e6,
         scenes=SCENES,
@@ -146,11 +155,13 @@ def write_card(recipe: Recipe, run: Path, out: Path, figures: dict, start: Path 
         **figures["baselines"],
         rows="\n".join(rows),
         recipe=recipe,
-        dense_minutes=seconds_spent(run / "dense.jsonl") / 60,
-        text_minutes=seconds_spent(run / "text.jsonl") / 60,
+        minutes=minutes,
+        **{
+            stage.name: STAGE.format(number=number, stage=stage, marked=100 * stage.marked, minutes=minutes[stage.name])
+            for number, stage in ((2, recipe.text), (3, recipe.polish))
+        },
         start=f" --start {start.name}" if start else "",
         begun=_begun(start),
-        marked=100 * recipe.text.marked,
         each=max(recipe.text.each),
         machine=f"{platform.machine()}, {machine}, torch {torch.__version__}",
     )

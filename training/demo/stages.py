@@ -80,4 +80,10 @@ class TextStage(Stage):
 
 
 DENSE = Stage(name="dense", steps=2400, arrows=6, largest=4)
-TEXT = TextStage(name="text", steps=3150, largest=2, dense_weight=8.0, finder_weight=0.1, decay=0.4, save_every=150)
+# At a constant rate, until places are found; what it says then is nearly what the head sees.
+TEXT = TextStage(name="text", steps=1350, largest=2, dense_weight=8.0, finder_weight=0.1, save_every=150)
+# Mostly depth maps again, with as many questions as keep the answers up with them.
+POLISH = TextStage(
+    name="polish", steps=2300, dense_weight=16.0, finder_weight=0.1, marked=0.25, images=3, questions=8, points=12,
+    drill=96, decay=0.4, save_every=250,
+)  # fmt: skip

@@ -144,6 +144,7 @@ def _say(net: DemoNet, dialogue: Dialogue, encoded: Encoded, questions: list[str
 
 def train_text(
     net: DemoNet,
+    helpers: Helpers,
     tokenizer: PreTrainedTokenizerFast,
     bank: SceneBank,
     stage: TextStage,
@@ -151,8 +152,7 @@ def train_text(
     seed: int,
     workers: int = 0,
 ) -> None:
-    """Runs or resumes the text stage."""
-    helpers = Helpers(net.size.hidden).to(net.device)
+    """Runs or resumes a stage with questions."""
     dialogue = Dialogue(tokenizer)
 
     def make(step: int) -> tuple[Batch, list[Asked]]:
