@@ -21,7 +21,7 @@ from depthlm_training import dense, sft
 from depthlm_training.batches import dialogue_processor
 from depthlm_training.config import build
 from depthlm_training.dense_batches import PUBLISHED_REPLY, published_reply, stack_images
-from depthlm_training.dense_model import HeadSettings, Images, load_dense, new_head
+from depthlm_training.dense_model import HeadSettings, HeadWork, Images, load_dense, new_head
 from depthlm_training.dense_recipe import DenseRecipe, LossSettings
 from depthlm_training.labels import Labels
 from depthlm_training.packing import IGNORED, Packed, collate, rotary_positions
@@ -317,3 +317,25 @@ def test_one_command_trains_resumes_and_says_what_became_of_language(bases, dial
     assert 0 < kept["after"] != kept["before"] > 0
     assert dense.main([str(recipe), "labels=-1"]) == 1
     assert capsys.readouterr().err.endswith("error: images must be at least 1, labels and max_edge_px at least 0\n")
+
+
+@pytest.mark.parametrize("kind", ["mlp", "dpt"])
+def test_the_work_of_a_head_is_that_of_its_products(kind):
+    output = "exp" if kind == "mlp" else "softplus"
+    head, _ = new_head(HeadSettings(kind=kind, output=output, hidden=48), 64, 3, 32)
+    work = HeadWork(head)
+    if kind == "mlp":
+        assert work((3, 4)) == 2 * 12 * (64 * 48 + 48 * 32 * 32)
+    else:
+        seen = []
+        for module in head.modules():
+            if isinstance(module, torch.nn.Conv2d | torch.nn.ConvTranspose2d):
+                module.register_forward_hook(lambda m, given, out: seen.append((m, given[0], out)))
+        head(torch.zeros(4, 12, 64), (3, 4))
+        # A convolution has its kernel's products at every place it writes, a transposed one at every place it reads.
+        products = [
+            m.weight.numel() * (given if isinstance(m, torch.nn.ConvTranspose2d) else out)[0, 0].numel()
+            for m, given, out in seen
+        ]
+        assert work((3, 4)) == 2 * sum(products) and len(products) > 20
+    assert all(not weight.is_meta for weight in head.parameters())

@@ -26,7 +26,7 @@ from depthlm_training.batches import TextBatches, dialogue_processor
 from depthlm_training.command import run_command
 from depthlm_training.config import as_yaml
 from depthlm_training.dense_batches import DenseBatch, DenseBatches, Showing
-from depthlm_training.dense_model import DenseModel, head_config, load_dense
+from depthlm_training.dense_model import DenseModel, HeadWork, head_config, load_dense
 from depthlm_training.dense_recipe import DenseRecipe, LossSettings
 from depthlm_training.folders import save_folder
 from depthlm_training.labels import Labels
@@ -38,7 +38,7 @@ from depthlm_training.parts import add_lora, merged_weights, passes, recompute_l
 from depthlm_training.rows import BadRows
 from depthlm_training.sft import marked_text, text_batches
 from depthlm_training.sft import trained_card as text_card
-from depthlm_training.throughput import Work, training_flop
+from depthlm_training.throughput import TRAINED, Work, training_flop
 from depthlm_training.trainer import train
 
 CLOSE = 1.25  # delta1's factor
@@ -77,6 +77,7 @@ class DenseObjective:
         self.bad_rows: BadRows | None = make.mixture.bad_rows
         self._settings, self._talk_weight = loss, talk_weight
         self._checkpoint, self._card, self._dtype = checkpoint, card, dtype
+        self._head_work = HeadWork(model.depth_head)
 
     def loss(self, batch: DenseBatch, device: torch.device) -> Loss:
         """Mean over images; text counts as its mean over the micro-batch's supervised tokens, as published."""
@@ -91,6 +92,7 @@ class DenseObjective:
             total = total + self._talk_weight * units * said / max(talk.units, 1)
             parts["text"] = (said.detach(), talk.units)
         work = needed_work(batch)
+        head = sum(map(self._head_work, batch.images.grids_hw))
         places = batch.images.ids.numel() + (0 if talk is None else talk.ids.numel())
         return Loss(
             total=total,
@@ -99,7 +101,7 @@ class DenseObjective:
             tokens=work.tokens,
             images=len(work.grids),
             waste=1 - work.tokens / places,
-            flop=training_flop(self._checkpoint.config, work, *passes(self.model)),
+            flop=training_flop(self._checkpoint.config, work, *passes(self.model)) + TRAINED * head,
         )
 
     def save(self, folder: Path) -> None:

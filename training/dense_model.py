@@ -7,11 +7,13 @@ behind their last token, where nothing looks.
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from depthlm_ros.engines.checkpoint import Checkpoint
@@ -156,6 +158,29 @@ class DenseModel(nn.Module):
                 features = head_features(self.mode, [layer[i] for layer in layers], last[i])
                 maps.append(self.depth_head(features.to(dtype), grid_hw).float())
         return maps
+
+
+class HeadWork:
+    """Multiplications and additions of a head's forward pass, as torch counts them on a copy that holds no numbers.
+
+    Args:
+        head: before anything wraps it or shards it.
+    """
+
+    def __init__(self, head: MLPDepthHead | DPTDepthHead) -> None:
+        self._head = copy.deepcopy(head).to("meta")
+        self._known: dict[tuple[int, int], int] = {}
+
+    def __call__(self, grid_hw: tuple[int, int]) -> int:
+        """Of an image of (h, w) tokens."""
+        if grid_hw not in self._known:
+            shape = (math.prod(grid_hw), *self._head.norm.weight.shape)
+            if isinstance(self._head, DPTDepthHead):
+                shape = MAPS, *shape
+            with FlopCounterMode(display=False) as counter, torch.no_grad():
+                self._head(torch.empty(shape, device="meta"), grid_hw)
+            self._known[grid_hw] = counter.get_total_flops()
+        return self._known[grid_hw]
 
 
 def load_dense(checkpoint: Checkpoint, patch_px: int, settings: HeadSettings) -> DenseModel:
