@@ -73,7 +73,7 @@ def test_a_model_is_taught_all_that_it_speaks(labels, base, tmp_path):
     recipe = finetune_recipe(labels, base, tmp_path / "run", QUICK)
     assert isinstance(recipe, DenseRecipe)
     assert recipe.stage == "language"
-    assert set(recipe.talk.ask) == {"coordinates", "marker", "compact"}
+    assert set(recipe.talk.ask) == {"coordinates", "marker", "compact"} and recipe.talk.each == 8
     assert recipe.data == ({"labels": str(labels / "train.jsonl"), "depth_kind": "z"},)
     assert (recipe.train.steps, recipe.train.lr, recipe.lora.rank) == (2, 1e-3, 0)
     assert {"vision", "language", "depth_head"} <= set(recipe.parts)

@@ -102,14 +102,14 @@ def _text(
 
 
 def _dense(
-    entry: dict[str, Any], _card: ModelCard, dialects: Sequence[str], options: FinetuneOptions
+    entry: dict[str, Any], card: ModelCard, dialects: Sequence[str], options: FinetuneOptions
 ) -> tuple[type[DenseRecipe], dict[str, Any]]:
     said = [dialect for dialect in dialects if dialect != "dense"]
     values: dict[str, Any] = {"data": [entry], "images": options.images, "stage": "language"}
     if not said:
         return DenseRecipe, values | {"talk.images": 0}
     values |= {"talk.data": [entry], "talk.ask": dict.fromkeys(said, 1.0), "talk.points": options.points}
-    return DenseRecipe, values | {"talk.images": options.images}
+    return DenseRecipe, values | {"talk.each": card.points_per_question, "talk.images": options.images}
 
 
 def labels_file(labels: Path) -> Path:
