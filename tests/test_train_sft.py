@@ -188,6 +188,16 @@ def test_stretched_images_have_the_published_heights_and_keep_points_in_place():
     assert len(heights) == 5
 
 
+def test_a_stretched_image_of_the_exact_policy_keeps_pixel_areas():
+    view = shown(_example().images[0], CAMERA, Asking("coordinates", _card(focal_px=1800.0)))
+    other = stretched(view, np.random.default_rng(0), 32)
+    height = other.image.shape[0]
+    assert height % 32 == 0 and height != view.image.shape[0]
+    corners = np.array([[-0.5, -0.5], [CAMERA.width - 0.5, CAMERA.height - 0.5]])
+    before, after = view.from_source(corners), other.from_source(corners)
+    np.testing.assert_allclose((after[:, 1] + 0.5) / height, (before[:, 1] + 0.5) / view.image.shape[0], atol=1e-9)
+
+
 def test_crops_of_the_exact_policy_are_sizes_that_the_processor_keeps():
     view = shown(_example().images[0], CAMERA, Asking("coordinates", _card(focal_px=1800.0)))
     crop = cropped(view, np.random.default_rng(0), 32)
@@ -415,6 +425,16 @@ def test_a_model_learns_what_it_is_told_and_the_engine_says_it(folder, tmp_path)
         assert estimator.card.name == "saved" and not estimator.card.scores
         result = estimator.estimate(example.images[0], example.cameras[0], example.pixels)
     np.testing.assert_allclose(result.depth_m, example.depth_m, atol=0.0051)
+
+
+def test_pairs_of_scenes_and_crops_are_said_by_a_source(folder):
+    camera = SCENES["cameras"]
+    pairs = {"pairs": 2, "task": "correspondence", "seed": 0, "split": "train", "cameras": camera}
+    data = [SCENES | {"crops": "centred"}, pairs]
+    recipe = build(sft.TextRecipe, {"model": str(folder), "data": data, "points": 2, "crops": "stretched"})
+    first, second = sft.open_objective(recipe).make.ways
+    assert [way.asking.crops for way in (*first, *second)] == ["centred", "stretched"]
+    assert [way.asking.dialect for way in second] == ["correspondence"]
 
 
 def test_the_dry_run_shows_settings_and_what_is_to_be_said(folder, capsys):

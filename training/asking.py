@@ -225,7 +225,11 @@ def stretched(view: UnifiedView, rng: np.random.Generator, multiple: int = 1) ->
     picture = Image.fromarray(np.ascontiguousarray(view.image))
     image = np.asarray(picture.resize((camera.width, height), Image.Resampling.BICUBIC))
     share = height / camera.height
-    return replace(view, image=image, camera=replace(camera, fy=camera.fy * share, cy=camera.cy * share, height=height))
+    scaled = camera.scaled(1, share)
+    if view.policy == "published" and view.system != "depthvlm":
+        # The authors scale the centre as a length.
+        scaled = replace(scaled, cy=camera.cy * share)
+    return replace(view, image=image, camera=scaled)
 
 
 def depth_answer(depth_m: float, card: ModelCard, dialect: str) -> str:

@@ -178,6 +178,7 @@ def run_trl(recipe: sft.TextRecipe, asked: tuple[tuple[Asked, ...], ...], batch:
     if left or a_step % batch:
         raise ConfigError(f"{a_step} questions a step can't be divided into batches of {batch}")
     collator = OneByOne(questions, objective.make)
+    objective.model.config.get_text_config()._attn_implementation = "sdpa"  # as it is loaded without this package
     with tempfile.TemporaryDirectory() as folder:
         config = SFTConfig(
             output_dir=folder, max_steps=settings.steps, per_device_train_batch_size=batch,

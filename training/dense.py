@@ -38,7 +38,7 @@ from depthlm_training.parts import add_lora, merged_weights, passes, recompute_l
 from depthlm_training.rows import BadRows
 from depthlm_training.sft import marked_text, text_batches
 from depthlm_training.sft import trained_card as text_card
-from depthlm_training.throughput import TRAINED, Work, training_flop
+from depthlm_training.throughput import FROZEN, TRAINED, Work, training_flop
 from depthlm_training.trainer import train
 
 CLOSE = 1.25  # delta1's factor
@@ -93,6 +93,10 @@ class DenseObjective:
             parts["text"] = (said.detach(), talk.units)
         work = needed_work(batch)
         head = sum(map(self._head_work, batch.images.grids_hw))
+        if any(weight.requires_grad for weight in self.model.depth_head.parameters()):
+            head *= TRAINED
+        else:
+            head *= FROZEN
         places = batch.images.ids.numel() + (0 if talk is None else talk.ids.numel())
         return Loss(
             total=total,
@@ -101,7 +105,7 @@ class DenseObjective:
             tokens=work.tokens,
             images=len(work.grids),
             waste=1 - work.tokens / places,
-            flop=training_flop(self._checkpoint.config, work, *passes(self.model)) + TRAINED * head,
+            flop=training_flop(self._checkpoint.config, work, *passes(self.model)) + head,
         )
 
     def save(self, folder: Path) -> None:

@@ -17,7 +17,6 @@ data:
     split: train
     cameras: [[200, 200, 143.5, 95.5, 288, 192]]
     weight: 0.1
-    ask: {pose: 1}
 """
 
 from __future__ import annotations

@@ -2,8 +2,9 @@
 
 A row of one image with 32 questions is mostly what no token sees: pairs don't see each other. A kernel with a mask
 works all of it out and throws it away. Here each prefix attends to itself, and its pairs, as a batch, to the prefix and
-to themselves, both causally: the same sums over the places that are seen, and memory that grows with a row and not
-with its square. On a GPU both are what the flash kernels do without any mask.
+to themselves, both causally: the same sums over the places that are seen. On a GPU in bfloat16 both are what the flash
+kernels do without any mask. What it costs is memory: the prefix's keys and values once for each pair in each layer,
+kept for the backward pass unless layers are computed again (`checkpointing`).
 """
 
 from __future__ import annotations
@@ -32,8 +33,9 @@ class Whole:
     Attributes:
         row: of the batch.
         begin: where in the row its prefix begins; its pairs follow, one after another.
-        prefix: tokens of the prefix.
-        pairs: tokens of each pair.
+        prefix: tokens of the prefix, and of the only pair where there is one.
+        pairs: tokens of each of several pairs; those of very different lengths waste work, since all are padded to
+            the longest.
     """
 
     row: int
@@ -77,7 +79,10 @@ def wholes(seen: torch.Tensor) -> list[Whole]:
         for (number, _, begin), end in zip(runs, ends, strict=True):
             begins.setdefault(number, begin)
             parts.setdefault(number, []).append(end - begin)
-        found += [Whole(row, begins[number], lengths[0], tuple(lengths[1:])) for number, lengths in parts.items()]
+        for number, lengths in parts.items():
+            # One pair and its prefix are a plain causal sequence.
+            prefix, *pairs = lengths if len(lengths) != 2 else [sum(lengths)]
+            found.append(Whole(row, begins[number], prefix, tuple(pairs)))
     return found
 
 
@@ -129,6 +134,10 @@ def packed_attention(
     # Under autocast rotation leaves float32, which the products would turn back one by one.
     query, key = query.to(value.dtype), key.to(value.dtype)
     shared = query.shape[1] != key.shape[1]
+    if shared and query.is_cuda and query.dtype == torch.float32:
+        # The one kernel for float32 there that needs no room for all scores takes no grouped heads.
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+        shared = False
     rows: list[list[torch.Tensor]] = [[] for _ in range(len(query))]
     for whole in _known(attention_mask):
         at, end = whole.begin, whole.begin + whole.prefix

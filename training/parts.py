@@ -88,7 +88,8 @@ def train_only(model: nn.Module, wanted: Sequence[str]) -> None:
 def recompute_layers(model: PreTrainedModel) -> None:
     """Keeps no activations of the layers; the backward pass computes them again (gradient checkpointing)."""
     # transformers 5.23 has another name for it, and warns of the old one.
-    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    new = "activation_checkpointing_enable"
+    enable = getattr(model, new) if hasattr(model, new) else model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
 
 

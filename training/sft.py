@@ -39,6 +39,8 @@ from depthlm_training.parts import Lora, add_lora, merged_weights, passes, recom
 from depthlm_training.rows import BadRows
 from depthlm_training.throughput import Work, training_flop
 
+# What is asked about the tasks of scene pairs.
+_TOLD = {"pose": "pose", "correspondence": "correspondence", "moved": "dialogue"}
 # Supervised tokens that are scored over the vocabulary at the same time.
 SCORED_TOKENS = 1024
 
@@ -74,7 +76,7 @@ class TextRecipe:
     points: int = 10
     each: int = 1
     policy: Literal["published", "exact"] | None = None
-    crops: str = "none"
+    crops: Literal["none", "centred", "stretched"] = "none"
     supervise: Literal["answers", "published"] = "answers"
     images: int = 1
     tokens_per_row: int = 8192
@@ -260,7 +262,8 @@ def dry_run(recipe: TextRecipe) -> str:
 
 
 def _ways(entry: dict[str, Any], recipe: TextRecipe, card: ModelCard, grid: ImageGrid) -> tuple[Way, ...]:
-    shares = entry.get("ask", {"dialogue": 1.0} if "dialogue" in entry else recipe.ask)
+    told = "dialogue" if "dialogue" in entry else _TOLD.get(str(entry.get("task")))
+    shares = entry.get("ask", {told: 1.0} if told else recipe.ask)
     if not isinstance(shares, dict) or not shares or not all(share > 0 for share in shares.values()):
         raise ConfigError(f"ask is {shares!r}; give dialects with their shares, such as {{coordinates: 1, marker: 1}}")
     one = recipe.supervise == "published"

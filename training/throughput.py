@@ -2,7 +2,7 @@
 
 Model-FLOP utilisation counts what the model needs, by the same counts as the floor of an answer
 (`depthlm_ros.bench.floor`), against the rate of a large matrix product measured on the same device; padding and what
-gradient checkpointing computes twice count as nothing.
+gradient checkpointing computes twice count as nothing. A dense head, which computes in float32, counts like the rest.
 """
 
 from __future__ import annotations
