@@ -160,7 +160,7 @@ def write_card(recipe: Recipe, run: Path, out: Path, figures: dict, start: Path 
             stage.name: STAGE.format(number=number, stage=stage, marked=100 * stage.marked, minutes=minutes[stage.name])
             for number, stage in ((2, recipe.text), (3, recipe.polish))
         },
-        start=f" --start {start.name}" if start else "",
+        start=f" --start {start.parent.name}/{start.name}" if start else "",
         begun=_begun(start),
         each=max(recipe.text.each),
         machine=f"{platform.machine()}, {machine}, torch {torch.__version__}",
