@@ -192,6 +192,14 @@ def test_no_answer_gets_more_nodes_than_the_budget_and_none_twice(number, budget
         assert one.mass == pytest.approx(1, abs=1e-9)
 
 
+@pytest.mark.parametrize(("median", "sigma"), [(1.8565, 0.23263), (1.7505, 0.22115)])
+def test_the_point_after_a_digit_is_asked_with_its_digit_only(median, sigma):
+    """Here the point after 1 matters more than the 1, which lies in the middle."""
+    for budget in (14, 17, 20, 26):
+        (said,), writer = expand(bells((1, median, sigma)), budget=budget)
+        assert len(set(writer.asked)) == len(writer.asked) == said.forwards
+
+
 @given(st.lists(chances, min_size=2, max_size=4))
 @settings(max_examples=10, deadline=None)
 def test_an_answer_does_not_depend_on_those_beside_it(numbers):

@@ -355,11 +355,15 @@ class _Tree:
         matters = np.concatenate([_matters(nodes, more, mean), _matters(after, np.zeros(len(after)), mean)])
         nodes = _Nodes.joined([nodes, after])
         wanted = _beyond(nodes.row, matters, 2 * np.maximum(sigma, _TOLERANCE) * _TOLERANCE) | nodes.greedy
-        nodes, matters = nodes[wanted], np.where(nodes.greedy, np.inf, matters)[wanted]
+        matters = np.where(nodes.greedy, np.inf, matters)
         order = np.lexsort((-matters, nodes.row))
+        order = order[wanted[order]]
         starts = np.searchsorted(nodes.row[order], np.arange(self.count))
         rank = np.arange(len(order)) - starts[nodes.row[order]]
-        return nodes[order[rank < (limit - self.forwards)[nodes.row[order]]]]
+        chosen = order[rank < (limit - self.forwards)[nodes.row[order]]]
+        # What follows a node that isn't asked itself could not be hung up, and would be asked again.
+        parents = np.concatenate([np.full(len(whole), -1), np.flatnonzero(whole)])
+        return nodes[chosen[(parents[chosen] < 0) | np.isin(parents[chosen], chosen)]]
 
     def distributions(self) -> list[NumberDistribution]:
         pieces = self._pieces()
