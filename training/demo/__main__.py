@@ -180,7 +180,7 @@ def _begun(start: Path | None) -> str:
         return "random weights"
     scores = json.loads((start / "scores.json").read_text())
     delta1 = scores["dialects"]["dense"]["delta1"]
-    return f"earlier weights of this model, made by its first recipe (dense δ1 {delta1:.3f})"
+    return f"earlier weights of this model (dense δ1 {delta1:.3f})"
 
 
 def declare_compact(card: Path, each: int) -> None:
