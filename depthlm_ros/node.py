@@ -13,6 +13,7 @@ asks.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import threading
 import time
@@ -403,6 +404,36 @@ class DepthNode(LifecycleNode):
         return [*warnings, *filter(None, [self._camera.complaint])]
 
 
+class _Interrupt:
+    """Ctrl-C as one KeyboardInterrupt, and none once the node is being closed.
+
+    rclpy's own handler ends the context at once, and Python raises KeyboardInterrupt for the same signal a little
+    later: in the handling of what the ended context led to, or in the clean-up. A terminal and `ros2 launch` may both
+    send the signal, too.
+    """
+
+    def __init__(self) -> None:
+        self._told = False
+        self._before: Any = None
+        if threading.current_thread() is threading.main_thread():
+            # Before rclpy.init: its handler calls the one that it finds.
+            self._before = signal.signal(signal.SIGINT, self._handle)
+
+    def _handle(self, number: int, frame: object) -> None:
+        if not self._told:
+            self._told = True
+            raise KeyboardInterrupt
+
+    def ignore(self) -> None:
+        """From here on the signal does nothing."""
+        self._told = True
+
+    def restore(self) -> None:
+        """Puts back the handler that was there; after rclpy has removed its own."""
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
+
+
 def main(args: list[str] | None = None, load: EstimatorFactory = load_estimator) -> int:
     """Runs the node until it is told to stop.
 
@@ -413,6 +444,7 @@ def main(args: list[str] | None = None, load: EstimatorFactory = load_estimator)
         Exit status.
     """
     use_large_message_profile(os.environ)
+    interrupt = _Interrupt()
     try:
         rclpy.init(args=args)
     except RuntimeError as error:
@@ -424,20 +456,24 @@ def main(args: list[str] | None = None, load: EstimatorFactory = load_estimator)
     node = None
     status = 0
     try:
-        node = DepthNode(load)
-        if node.parameters.autostart and not node.start():
+        try:
+            node = DepthNode(load)
+            if node.parameters.autostart and not node.start():
+                status = 1
+            else:
+                rclpy.spin(node)
+        except ConfigError as error:
+            print(f"depth_node: {error}", file=sys.stderr)
             status = 1
-        else:
-            rclpy.spin(node)
-    except ConfigError as error:
-        print(f"depth_node: {error}", file=sys.stderr)
-        status = 1
-    except (KeyboardInterrupt, ExternalShutdownException):
+        except ExternalShutdownException:
+            pass
+        except RuntimeError:
+            # A signal while rclpy makes the node or prepares to wait is told as a context that isn't valid.
+            if rclpy.ok():
+                raise
+        interrupt.ignore()
+    except KeyboardInterrupt:
         pass
-    except RuntimeError:
-        # A signal that comes while rclpy prepares to wait is told as a context that isn't valid.
-        if rclpy.ok():
-            raise
     ended = node.close() if node is not None else True
     rclpy.try_shutdown()
     if not ended:
@@ -445,6 +481,7 @@ def main(args: list[str] | None = None, load: EstimatorFactory = load_estimator)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
+    interrupt.restore()
     return status
 
 

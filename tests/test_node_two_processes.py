@@ -20,6 +20,7 @@ import yaml
 
 rclpy = pytest.importorskip("rclpy")
 
+from lifecycle_msgs.srv import GetState  # noqa: E402
 from rclpy.executors import SingleThreadedExecutor  # noqa: E402
 from rclpy.node import Node  # noqa: E402
 from rclpy.qos import QoSProfile, ReliabilityPolicy, qos_profile_sensor_data  # noqa: E402
@@ -293,10 +294,69 @@ def test_without_autostart_the_node_waits_unconfigured_and_ends_on_ctrl_c(ros_do
     context = rclpy.Context()
     rclpy.init(context=context)
     peer = Node("peer", context=context)
-    wait(process, lambda: "depth_node" in peer.get_node_names(), "the node to appear")
+    # An answer, since a name in the graph may be a ghost's, of a node that has just ended.
+    asked = peer.create_client(GetState, "depth_node/get_state")
+    executor = SingleThreadedExecutor(context=context)
+    answer = None
+
+    def answered() -> bool:
+        nonlocal answer
+        if answer is None and asked.service_is_ready():
+            answer = asked.call_async(GetState.Request())
+        executor.spin_once_until_future_complete(answer, 0.2) if answer else time.sleep(0.02)
+        return answer is not None and answer.done()
+
+    executor.add_node(peer)
+    wait(process, answered, "the node to answer")
+    assert answer.result().current_state.label == "unconfigured"
+    executor.shutdown()
     peer.destroy_node()
     rclpy.try_shutdown(context=context)
     assert process.stop() == 0, process.log
+
+
+@pytest.mark.parametrize("turn", range(3))
+def test_ctrl_c_while_the_node_is_being_made_ends_it_with_one_exit_status(turn):
+    # rclpy ends the context first and Python interrupts later, where the first has led to: both are one Ctrl-C.
+    process = NodeProcess([sys.executable, "-c", INTERRUPTED_NODE, str(turn)])
+    assert process.process.wait(PATIENCE_S) == 0, process.log
+    process.reader.join(PATIENCE_S)
+    assert "KeyboardInterrupt" not in process.log and "ended" in process.log
+
+
+INTERRUPTED_NODE = """
+import os, signal, sys
+import rclpy, rclpy.lifecycle
+from depthlm_ros import node
+turn = int(sys.argv[1])
+if turn == 0:
+    made = node.DepthNode.__init__
+    def interrupted(self, load):
+        os.kill(os.getpid(), signal.SIGINT)
+        made(self, load)
+    node.DepthNode.__init__ = interrupted
+elif turn == 1:
+    made = node.DepthNode.__init__
+    def interrupted(self, load):
+        made(self, load)
+        rclpy.shutdown()
+    node.DepthNode.__init__ = interrupted
+    ok = rclpy.ok
+    def late(**arguments):
+        os.kill(os.getpid(), signal.SIGINT)
+        return ok(**arguments)
+    node.rclpy.ok = late
+else:
+    closed = node.DepthNode.close
+    def interrupted(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        return closed(self)
+    node.DepthNode.close = interrupted
+    node.rclpy.spin = lambda node: None
+status = node.main(["--ros-args", "-p", "autostart:=false", "-p", "model:=/nowhere"])
+print("ended", flush=True)
+sys.exit(status)
+"""
 
 
 def test_ctrl_c_ends_the_process_although_the_frame_in_work_takes_ten_minutes(ros_domain):

@@ -17,6 +17,7 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from depthlm_training.config import load
+from depthlm_training.parallel import end_process
 from depthlm_training.trainer import Loss, TrainSettings, train
 
 WIDTH = 12
@@ -125,3 +126,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    end_process(0)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -33,7 +32,7 @@ from depthlm_training.labels import Labels
 from depthlm_training.losses import gradient_term, log_ratio, read_map, silog
 from depthlm_training.mixtures import open_mixture
 from depthlm_training.objective import Loss
-from depthlm_training.parallel import DTYPES
+from depthlm_training.parallel import DTYPES, end_process
 from depthlm_training.parts import add_lora, merged_weights, passes, recompute_layers, train_only
 from depthlm_training.rows import BadRows
 from depthlm_training.sft import marked_text, text_batches
@@ -297,4 +296,4 @@ def dry_run(recipe: DenseRecipe) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

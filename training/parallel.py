@@ -7,10 +7,11 @@ one would do. Both ways of spreading a model average instead; the factor is put 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import distributed, nn
@@ -87,6 +88,20 @@ def joined(parallel: str, device: str) -> Iterator[Processes]:
     # Not after an error: the others still wait for this process, and torchrun ends them.
     if ours:
         distributed.destroy_process_group()
+
+
+def end_process(status: int) -> NoReturn:
+    """Ends this process with an exit status; one of several at once, without the interpreter's own end.
+
+    Threads of a process group live as long as what still refers to it. One of them that asks for the interpreter's lock
+    while the interpreter ends is unwound through C++, which aborts ("terminate called without an active exception"),
+    and torchrun then calls a training failed whose last checkpoint is written.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def _device(name: str, local: int) -> torch.device:

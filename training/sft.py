@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -34,7 +33,7 @@ from depthlm_training.mixtures import open_mixture
 from depthlm_training.objective import Loss, TrainSettings
 from depthlm_training.packed_attention import attend_packed, seen_by
 from depthlm_training.packing import IGNORED, Batch
-from depthlm_training.parallel import DTYPES
+from depthlm_training.parallel import DTYPES, end_process
 from depthlm_training.parts import Lora, add_lora, merged_weights, passes, recompute_layers, train_only
 from depthlm_training.rows import BadRows
 from depthlm_training.throughput import Work, training_flop
@@ -285,4 +284,4 @@ def _ways(entry: dict[str, Any], recipe: TextRecipe, card: ModelCard, grid: Imag
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())
