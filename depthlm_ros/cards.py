@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from depthlm_ros.errors import LicenceError, ModelError, unknown_choice
+from depthlm_ros.manifest import ENGINE_FILE
 from depthlm_ros.modelcard import ModelCard, read_card
 from depthlm_ros.prompts import SYSTEM_TEXT
 from depthlm_ros.weights import (
@@ -150,8 +151,10 @@ def _checked(card: ModelCard, folder: Path) -> ModelCard:
         raise ModelError(
             f"{folder}/config.json has model_type {seen!r} but its card says {card.architecture!r}; correct one of them"
         )
-    check_weights(folder)
-    check_sha256(folder, card.sha256)
+    if not (folder / ENGINE_FILE).is_file():
+        # An export has none, or others; its manifest names the sha256 of what it has.
+        check_weights(folder)
+        check_sha256(folder, card.sha256)
     if others := processor_differences(folder, card.processor):
         told = f"the folder's image processor is meant to differ from the published one: {'; '.join(others)}"
         return replace(card, assumptions=(*card.assumptions, told))

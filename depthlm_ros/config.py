@@ -18,6 +18,8 @@ from typing import Any, get_type_hints
 
 import yaml
 
+from depthlm_ros.engines import ENGINES
+from depthlm_ros.engines.options import SERVER_DIALECTS, EngineOptions
 from depthlm_ros.errors import ConfigError, unknown_choice
 
 NODE_NAME = "depth_node"
@@ -117,7 +119,60 @@ class Parameters:
     """
 
     model: str = _setting("demo", "Name of a model card, folder with a checkpoint, or hub id.")
-    engine: str = _setting("transformers", "What runs the model.", choices=("transformers",))
+    engine: str = _setting(
+        "transformers",
+        "What runs the model: transformers (a checkpoint, with PyTorch), onnxruntime or tensorrt (dense maps, from an "
+        "export or a plan), tensorrt_llm (in this process), openai (a server: trtllm-serve, vLLM, TensorRT Edge-LLM, "
+        "transformers serve) or edge_llm (TensorRT Edge-LLM on Jetson).",
+        choices=ENGINES,
+    )
+    accept_unproven: bool = _setting(
+        False,
+        "Activate an engine although its answers differ from those of the model that it was exported from. The log and "
+        "the diagnostics warn for as long as it runs.",
+    )
+    reference: str = _setting(
+        "",
+        "Folder of reference answers ('depthlm parity --record') that the engine's are compared with at start. Empty: "
+        "the ones in the model's folder, where it has any.",
+    )
+    server_urls: str = _setting(
+        "",
+        "For engine openai: URLs of servers of the same model with commas between them, such as "
+        "http://localhost:8000; the first is asked while it answers, the others take over.",
+    )
+    server_model: str = _setting("", "The name that the server knows the model by. Empty: the only one that it lists.")
+    server_dialect: str = _setting(
+        "auto",
+        "Whose server it is, since each wants guides and limits told in its own way. auto: found out at start.",
+        choices=SERVER_DIALECTS,
+    )
+    server_key_variable: str = _setting(
+        "DEPTHLM_SERVER_KEY", "Environment variable with the server's key, if it wants one. The key is never logged."
+    )
+    server_concurrency: int = _setting(16, "Requests under way at once.", low=1, high=512)
+    server_timeout_s: float = _setting(
+        5.0, "Longest wait for one answer of a server before the frame is given up.", low=0.1, high=600.0
+    )
+    server_image: str = _setting(
+        "png",
+        "How images are sent to a server: png changes nothing, jpeg is smaller and changes answers a little.",
+        choices=("png", "jpeg"),
+    )
+    guided: bool = _setting(
+        True, "Hold answers of servers and of TensorRT-LLM to the sentence that the model was trained to answer with."
+    )
+    prefix_reuse: bool = _setting(
+        True, "Let TensorRT-LLM and Edge-LLM keep what the questions about an image share; false to compare."
+    )
+    max_age_s: float = _setting(
+        0.0,
+        "A frame whose answer comes later than this many seconds after its image came isn't published, and servers "
+        "aren't waited for any longer. 0: however old.",
+        low=0.0,
+        high=3600.0,
+        dynamic=True,
+    )
     dialect: str = _setting(
         "",
         "How the model is asked: dense (one pass, depth head), coordinates (pixel in the text), marker (arrow in the "
@@ -296,14 +351,21 @@ class Parameters:
         """The keyword arguments of `Estimator.load`."""
         return {
             "model": self.model,
-            "device": self.device,
-            "dtype": self.dtype,
+            "engine": self.engine,
+            "options": self.engine_options(),
             "policy": self.policy or None,
             "dialect": self.dialect or None,
-            "batch_size": self.batch_size,
             "commercial_use": self.commercial_use,
             "calibration": self.calibration or None,
+            "reference": self.reference or None,
+            "accept_unproven": self.accept_unproven,
         }
+
+    def engine_options(self) -> EngineOptions:
+        """What the engine is told."""
+        names = {field.name for field in dataclasses.fields(EngineOptions)} - {"server_urls"}
+        urls = tuple(filter(None, (url.strip() for url in self.server_urls.split(","))))
+        return EngineOptions(server_urls=urls, **{name: getattr(self, name) for name in names})
 
     def answer_arguments(self) -> dict[str, Any]:
         """The keyword arguments of `Estimator.estimate` about how it is answered; `distribution` only where wanted."""

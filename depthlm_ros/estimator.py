@@ -24,8 +24,9 @@ from depthlm_ros.cards import ModelCard, load_card
 from depthlm_ros.config import POINTS_IN_WORDS
 from depthlm_ros.depth import DEPTH_KINDS, DepthResult, ZDepth
 from depthlm_ros.engines import load_engine
-from depthlm_ros.engines.base import Answer, Engine
-from depthlm_ros.errors import ConfigError, PixelError, unknown_choice
+from depthlm_ros.engines.base import Answer, Engine, EngineInfo
+from depthlm_ros.engines.options import EngineOptions
+from depthlm_ros.errors import ConfigError, DialectError, PixelError, unknown_choice
 from depthlm_ros.expectation import Expected, check_distribution
 from depthlm_ros.guesses import LastAnswers
 from depthlm_ros.map_reading import MapReader, map_reader
@@ -40,6 +41,7 @@ from depthlm_ros.prompts import (
     parse_compact_points,
     parse_depths,
 )
+from depthlm_ros.proof import Proof, prove
 from depthlm_ros.published import readout_pixels
 from depthlm_ros.remember import remember
 from depthlm_ros.sampling import sample_pixels, stride_pixels
@@ -62,6 +64,7 @@ class Estimator:
         policy: how images are brought to the model's focal length.
         default_dialect: spoken when `estimate` isn't told another; None where the model isn't asked for depth.
         calibration: what confidences are worth; None leaves them as the model states them.
+        proof: how far the engine is known to answer as its reference.
     """
 
     def __init__(
@@ -78,6 +81,7 @@ class Estimator:
         self.default_dialect = _dialect(card, dialect)
         self._last_answers = LastAnswers()
         self.calibration = calibration
+        self.proof = Proof()
 
     @classmethod
     def load(
@@ -92,6 +96,10 @@ class Estimator:
         commercial_use: bool = False,
         depth_kind: str | None = None,
         calibration: str | Path | None = None,
+        engine: str = "transformers",
+        options: EngineOptions | None = None,
+        reference: str | Path | None = None,
+        accept_unproven: bool = False,
     ) -> Estimator:
         """Loads a model.
 
@@ -106,25 +114,45 @@ class Estimator:
             depth_kind: what the answers are taken for, "z" or "euclidean"; None takes the card's, which for a model
                 that learnt from both is a choice.
             calibration: a file that `depthlm evaluate` wrote, so that confidences are shares of right depths.
+            engine: one of `engines.ENGINES`; every other than transformers has to prove itself (`proof.prove`).
+            options: of the engine; `device`, `dtype` and `batch_size` are a short way to three of them.
+            reference: folder of reference answers; None takes those in the model's folder.
+            accept_unproven: go on with an engine that answers otherwise than its reference, and complain.
 
         Raises:
             LicenceError: `commercial_use` of a model whose licence forbids it.
             ModelError: the model can't be found or loaded.
             DialectError: it doesn't speak the dialect.
-            ConfigError: an unknown value.
+            ConfigError: an unknown value, or an engine that was made for another focal length or policy.
+            EngineError: the engine answers otherwise than its reference, or no server answers.
+            MissingDependencyError: the engine's package isn't there.
         """
         card, source = load_card(model, commercial_use=commercial_use)
         if depth_kind is not None:
             card = replace(card, depth_kind=depth_kind)
         _dialect(card, dialect)
         curve = Calibration.load(calibration) if calibration else None
-        engine = load_engine(source, card, device=device, dtype=dtype, batch_size=batch_size)
-        return cls(card, engine, policy, dialect, curve)
+        options = options or EngineOptions(device=device, dtype=dtype, batch_size=batch_size)
+        made = load_engine(source, card, engine=engine, options=options)
+        card = _spoken_by(card, made.info)
+        _dialect(card, dialect)
+        estimator = cls(card, made, policy, dialect, curve)
+        try:
+            estimator.proof = prove(estimator, Path(source), reference, accept_unproven)
+        except BaseException:
+            estimator.close()
+            raise
+        return estimator
 
     @property
     def dialects(self) -> tuple[str, ...]:
-        """The dialects that the model speaks."""
+        """The dialects that the model speaks and the engine can ask in."""
         return self.card.dialects
+
+    @property
+    def complaints(self) -> tuple[str, ...]:
+        """What is wrong now, a sentence each; from any thread."""
+        return (*((self.proof.complaint,) if self.proof.complaint else ()), *self.engine.complaints)
 
     def describe(self) -> list[str]:
         """What was loaded, where it runs and why, and what had to be assumed; a line each."""
@@ -134,6 +162,7 @@ class Estimator:
             f"licence {self.card.licence}",
             self._describe_depth(),
             f"engine {info.engine} on {info.device} in {info.dtype}: {'; '.join(info.reasons)}",
+            *filter(None, [self.proof.sentence]),
             self.card.about,
             *(f"assumed: {assumption}" for assumption in self.card.assumptions),
             *([] if self.calibration is None else [f"confidences calibrated {self.calibration.about}"]),
@@ -508,6 +537,21 @@ def _no_progress(_: int) -> None:
 def _dialect(card: ModelCard, dialect: str | None) -> str | None:
     """The dialect to speak where none is asked; None for a model that isn't for depth and wasn't asked to be."""
     return card.require_dialect(dialect) if card.dialects or dialect is not None else None
+
+
+def _spoken_by(card: ModelCard, info: EngineInfo) -> ModelCard:
+    """The card with the dialects that an engine can ask in; transformers says itself what a checkpoint lacks."""
+    if info.engine == "transformers":
+        return card
+    spoken = tuple(dialect for dialect in card.dialects if (info.dense if dialect == "dense" else info.words))
+    if card.dialects and not spoken:
+        kinds = "maps" if info.dense else "answers in words"
+        raise DialectError(
+            f"engine {info.engine} makes {kinds}, model {card.name!r} speaks {', '.join(card.dialects)}; choose another "
+            "engine"
+        )
+    default = card.default_dialect if card.default_dialect in spoken else next(iter(spoken), None)
+    return replace(card, dialects=spoken, default_dialect=default)
 
 
 def _checked_pixels(pixels: np.ndarray, camera: Camera) -> np.ndarray:

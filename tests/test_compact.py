@@ -22,6 +22,7 @@ from depthlm_ros.cli import main
 from depthlm_ros.engines import load_engine
 from depthlm_ros.engines.base import Answer, EngineInfo, ImageGrid
 from depthlm_ros.engines.batches import shared_length
+from depthlm_ros.engines.options import EngineOptions
 from depthlm_ros.errors import ConfigError
 from depthlm_ros.estimator import Estimator
 from depthlm_ros.ply import read_ply
@@ -50,7 +51,7 @@ def speaker(qwen3_vl_checkpoint):
     card, source = load_card(str(qwen3_vl_checkpoint))
     changes = {"dialects": ("compact",), "default_dialect": "compact", "points_per_question": 4}
     card = replace(card, focal_px=160.0, policy="exact", max_new_tokens=6, **changes)
-    return Estimator(card, load_engine(source, card, device="cpu", dtype="float32"))
+    return Estimator(card, load_engine(source, card, options=EngineOptions("cpu", "float32")))
 
 
 class Reader:
@@ -102,7 +103,7 @@ def said(image: np.ndarray, pixels: np.ndarray = PIXELS, steps: int = 1000) -> l
 def test_a_point_costs_a_dozen_tokens_and_everything_before_it_is_shared():
     """By the shipped model's tokenizer, which like Qwen's has a token for each digit."""
     card, source = load_card("demo")
-    processor = load_engine(source, card, device="cpu").processor
+    processor = load_engine(source, card, options=EngineOptions("cpu")).processor
     questions = [compact_question(*pixel) for pixel in ((5, 17), (999, 0), (500, 500), (42, 812))]
     prompts = processor.prompts(questions, (6, 8))
     shared = shared_length(prompts)

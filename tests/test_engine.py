@@ -17,6 +17,7 @@ from depthlm_ros.cards import load_card
 from depthlm_ros.engines import load_engine
 from depthlm_ros.engines.answers import NUMBER
 from depthlm_ros.engines.checkpoint import open_checkpoint
+from depthlm_ros.engines.options import EngineOptions
 from depthlm_ros.engines.transformers_engine import TransformersEngine
 from depthlm_ros.errors import EngineError, ImageError, ModelError
 
@@ -366,7 +367,7 @@ def test_what_is_neither_folder_nor_repository_is_named(source):
 def test_load_engine_takes_the_system_text_from_the_card(qwen3_vl_checkpoint):
     card, path = load_card(str(qwen3_vl_checkpoint))
     asked = [
-        load_engine(path, dataclasses.replace(card, system_text=text), device="cpu").processor.prompts(
+        load_engine(path, dataclasses.replace(card, system_text=text), options=EngineOptions("cpu")).processor.prompts(
             ["How far?"], (1, 1)
         )
         for text in (None, "You are a helpful assistant.")

@@ -13,6 +13,7 @@ from depthlm_ros.depth import EuclideanDistance
 from depthlm_ros.engines import load_engine
 from depthlm_ros.engines.base import Answer, EngineInfo, ImageGrid
 from depthlm_ros.engines.marked import paste
+from depthlm_ros.engines.options import EngineOptions
 from depthlm_ros.errors import CameraError, ConfigError, DialectError, LicenceError, PixelError
 from depthlm_ros.estimator import Estimator
 from depthlm_ros.markers import draw_arrow
@@ -32,7 +33,7 @@ def speaker(qwen3_vl_checkpoint):
     """A Qwen3-VL with a depth head whose card lets it speak all three dialects."""
     card, source = load_card(str(qwen3_vl_checkpoint))
     card = replace(card, dialects=("dense", "coordinates", "marker"), focal_px=160.0, policy="exact", max_new_tokens=12)
-    return Estimator(card, load_engine(source, card, device="cpu", dtype="float32"))
+    return Estimator(card, load_engine(source, card, options=EngineOptions("cpu", "float32")))
 
 
 class Parrot:

@@ -24,6 +24,7 @@ from depthlm_ros.engines.base import EngineInfo
 from depthlm_ros.engines.checkpoint import Checkpoint, open_checkpoint
 from depthlm_ros.engines.dense_head import MLPDepthHead
 from depthlm_ros.engines.devices import choose_placement
+from depthlm_ros.engines.options import EngineOptions
 from depthlm_ros.engines.processor import PromptProcessor
 from depthlm_ros.engines.transformers_engine import TransformersEngine
 from depthlm_ros.modelcard import ModelCard, read_card
@@ -119,7 +120,7 @@ class Built:
 def load_subject(model: str, device: str, dtype: str) -> Subject:
     """A checkpoint by card, folder or hub id; arguments and errors as in `load_card` and `load_engine`."""
     card, source = load_card(model)
-    engine = load_engine(source, card, device=device, dtype=dtype)
+    engine = load_engine(source, card, options=EngineOptions(device, dtype))
     folder = open_checkpoint(source, card.revision).folder
     plain = TransformersEngine(engine.model, engine.processor, engine.info, plain=True)
     return Subject(card.name, card, engine, plain, folder, folder_config(folder), card.about)

@@ -6,55 +6,86 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from depthlm_ros.errors import MissingDependencyError
+from depthlm_ros.engines.options import EngineOptions
+from depthlm_ros.errors import ConfigError, MissingDependencyError, unknown_choice
+from depthlm_ros.manifest import require_manifest
 
 if TYPE_CHECKING:
     from depthlm_ros.cards import ModelCard
-    from depthlm_ros.engines.transformers_engine import TransformersEngine
+    from depthlm_ros.engines.base import Engine
 
 # Oldest versions that the tests have run with.
 REQUIRED = {"torch": "2.11", "transformers": "5.14"}
+
+
+ENGINES = ("transformers", "onnxruntime", "tensorrt", "tensorrt_llm", "openai", "edge_llm")
+"""What can run a model; the README says which for what."""
 
 
 def load_engine(
     path_or_hub_id: str | Path,
     card: ModelCard,
     *,
-    device: str = "auto",
-    dtype: str = "auto",
+    engine: str = "transformers",
+    options: EngineOptions | None = None,
     attn: str | None = None,
-    batch_size: int = 0,
     plain: bool = False,
-) -> TransformersEngine:
-    """Loads a checkpoint into the `transformers` engine.
+) -> Engine:
+    """Loads a model into an engine.
 
     Args:
-        path_or_hub_id: folder of a checkpoint or hub id.
+        path_or_hub_id: folder of a checkpoint or of an export, or hub id.
         card: says which system text and revision the model wants.
-        device: "auto", "cpu", "cuda" or "cuda:N".
-        dtype: "auto", "float32", "bfloat16" or "float16".
+        engine: one of `ENGINES`.
+        options: device, number format, servers and the like.
         attn: attention implementation of transformers; None takes "sdpa".
-        batch_size: most questions decoded together; 0 for as many as fit and help.
         plain: take transformers' own forward and cache, the slow reference of every faster path.
 
     Raises:
-        MissingDependencyError: torch or transformers are absent or too old.
-        ModelError: the checkpoint can't be loaded.
-        ConfigError: the device or dtype isn't there.
+        MissingDependencyError: a package is absent or too old; the message holds the line that installs it.
+        ModelError: the model can't be loaded, or wasn't made for this machine.
+        ConfigError: an unknown engine, or a device or dtype that isn't there.
+        EngineError: no server answers.
     """
-    require_versions()
-    from depthlm_ros.engines.transformers_engine import TransformersEngine
+    options = options or EngineOptions()
+    if engine == "transformers":
+        require_versions()
+        from depthlm_ros.engines.transformers_engine import TransformersEngine
 
-    return TransformersEngine.load(
-        path_or_hub_id,
-        system_text=card.system_text,
-        revision=card.revision,
-        device=device,
-        dtype=dtype,
-        attn=attn,
-        batch_size=batch_size,
-        plain=plain,
-    )
+        return TransformersEngine.load(
+            path_or_hub_id,
+            system_text=card.system_text,
+            revision=card.revision,
+            device=options.device,
+            dtype=options.dtype,
+            attn=attn,
+            batch_size=options.batch_size,
+            plain=plain,
+        )
+    if engine == "openai":
+        require_versions()
+        from depthlm_ros.engines.served.engine import load_served
+
+        return load_served(path_or_hub_id, card, options)
+    if engine == "tensorrt_llm":
+        from depthlm_ros.engines.tensorrt_llm_engine import load_tensorrt_llm
+
+        return load_tensorrt_llm(path_or_hub_id, card, options)
+    if engine not in ENGINES:
+        raise ConfigError(unknown_choice("engine", engine, ENGINES))
+    folder = Path(path_or_hub_id)
+    manifest = require_manifest(folder, engine)
+    if engine == "onnxruntime":
+        from depthlm_ros.engines.onnxruntime_engine import load_onnxruntime
+
+        return load_onnxruntime(folder, manifest, options)
+    if engine == "tensorrt":
+        from depthlm_ros.engines.tensorrt_engine import load_tensorrt
+
+        return load_tensorrt(folder, manifest, options)
+    from depthlm_ros.engines.edge_llm_engine import load_edge_llm
+
+    return load_edge_llm(folder, card, manifest, options)
 
 
 def require_versions(required: dict[str, str] = REQUIRED) -> None:

@@ -27,7 +27,11 @@ class EngineInfo:
         dtype: such as "float32".
         reasons: why this device and dtype, one sentence each.
         parameters: number of parameters.
-        dense: whether the checkpoint has a depth head.
+        dense: whether it makes dense maps.
+        words: whether it answers questions in words.
+        distributions: whether it can tell how a number's belief is spread.
+        version: of the program behind it, such as "onnxruntime 1.31.1 CPUExecutionProvider"; a parity record of
+            another one doesn't count.
     """
 
     engine: str
@@ -38,6 +42,9 @@ class EngineInfo:
     reasons: tuple[str, ...]
     parameters: int
     dense: bool
+    words: bool = True
+    distributions: bool = True
+    version: str = ""
 
 
 @dataclass(frozen=True)
@@ -66,7 +73,7 @@ class Answer:
         token_ids: the generated ids, end-of-sequence included where it was reached.
         confidence: probability of the number in the answer: the product of the greedy probabilities of its tokens,
             in [0, 1]; of several numbers the least sure one, since one that is said again is sure to be the same;
-            0 when there is no number.
+            0 when there is no number; NaN where a server doesn't tell probabilities.
         confidences: the same of every number in the answer, in their order.
         numbers: what else each number could have been, where it was asked for; a number that only repeats the one
             before it is left out.
@@ -85,10 +92,21 @@ class Answer:
 
 
 class Engine(Protocol):
-    """Answers questions about images. Not re-entrant: one caller at a time."""
+    """Answers questions about images. Not re-entrant: one caller at a time.
+
+    Attributes:
+        info: what was loaded.
+        grid: image sizes that are shown as they are.
+        complaints: what is wrong now, a sentence each, for the diagnostics; may be read from any thread while the
+            engine answers. Empty in engines that live in this process.
+        deadline: when an answer is of no use any more, in seconds of `time.monotonic`; None for never. Engines that
+            wait for others give up then; set before a call by whoever knows how old the image is.
+    """
 
     info: EngineInfo
     grid: ImageGrid
+    complaints: tuple[str, ...]
+    deadline: float | None
 
     def answer_shared(
         self,
@@ -161,3 +179,6 @@ class Engine(Protocol):
 
     def depth_map(self, image: np.ndarray, question: str) -> np.ndarray:
         """The dense head's (H', W') float32 output in metres; H', W' = the processor's final size."""
+
+    def close(self) -> None:
+        """Gives back memory, threads and connections."""

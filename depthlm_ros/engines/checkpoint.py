@@ -17,7 +17,8 @@ from depthlm_ros.errors import ModelError
 from depthlm_ros.weights import ARCHITECTURES, check_weights, folder_config
 
 HEAD_PREFIX = "depth_head."
-HUB_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.safetensors", "*.yaml"]
+SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.yaml"]
+HUB_FILES = [*SMALL_FILES, "*.safetensors"]
 OTHER_FORMATS = ["consolidated*", "original/*"]  # the same weights once more, as other programs want them
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -88,6 +89,22 @@ def open_checkpoint(source: str | Path, revision: str | None = None) -> Checkpoi
     return Checkpoint(folder, str(source), config, shapes, shards)
 
 
+def open_processor(source: str | Path, revision: str | None = None) -> Checkpoint:
+    """What `PromptProcessor` needs of a checkpoint, without its weights: for engines that have them elsewhere.
+
+    Args:
+        source: folder, or hub id, of which only the small files are fetched.
+        revision: of the hub repository.
+
+    Raises:
+        ModelError: as `open_checkpoint`, but for the weights.
+    """
+    folder = _folder(source, revision, SMALL_FILES)
+    config = folder_config(folder)
+    check_architecture(config, str(source))
+    return Checkpoint(folder, str(source), config, {}, {})
+
+
 def check_architecture(config: dict, name: str) -> None:
     """Refuses what we have no engine for.
 
@@ -106,7 +123,7 @@ def check_architecture(config: dict, name: str) -> None:
         raise ModelError(f"{name}: llava with a {vision!r} vision tower is not supported; only Pixtral checkpoints are")
 
 
-def _folder(source: str | Path, revision: str | None) -> Path:
+def _folder(source: str | Path, revision: str | None, files: list[str] = HUB_FILES) -> Path:
     folder = Path(source).expanduser()
     if folder.is_dir():
         return folder
@@ -119,7 +136,7 @@ def _folder(source: str | Path, revision: str | None) -> Path:
 
     try:
         return Path(
-            snapshot_download(source, revision=revision, allow_patterns=HUB_FILES, ignore_patterns=OTHER_FORMATS)
+            snapshot_download(source, revision=revision, allow_patterns=files, ignore_patterns=OTHER_FORMATS)
         )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise ModelError(

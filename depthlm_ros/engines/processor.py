@@ -16,6 +16,7 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
+from PIL import Image
 from transformers import AutoTokenizer
 
 # Not through AutoImageProcessor: up to transformers 5.14 it can't be had without torchvision.
@@ -108,6 +109,24 @@ class PromptProcessor:
             and grid.min_pixels <= height * width <= grid.max_pixels
             and max(height, width) <= min(grid.max_edge or MOST_EDGE, ASPECT * min(height, width))
         )
+
+    def shown(self, image: np.ndarray) -> np.ndarray:
+        """An (H, W, 3) uint8 RGB image in the size in which the model sees it: itself, or resampled as `images` does.
+
+        For programs of others, whose own processors then find nothing to resample.
+
+        Raises:
+            ImageError: another shape or type, or a size that the checkpoint's processor refuses.
+        """
+        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+            raise ImageError(f"an image is {image.dtype} of shape {image.shape}; pass (H, W, 3) uint8 RGB")
+        if self.keeps(*image.shape[:2]):
+            return image
+        height, width = (side * self.patch_px for side in self._stock([image]).grid_hw)
+        if (height, width) == image.shape[:2]:
+            return image
+        resized = Image.fromarray(image).resize((width, height), Image.Resampling(self._image_processor.resample))
+        return np.asarray(resized)
 
     def patch_row(self, row: int, column: int, width: int) -> int:
         """Place of the vision tower's patch at this row and column among the patches of an image so wide."""

@@ -71,6 +71,8 @@ class TransformersEngine:
         self.processor = processor
         self.info = info
         self.grid: ImageGrid = processor.grid
+        self.complaints: tuple[str, ...] = ()
+        self.deadline: float | None = None
         self._head = head
         self._head_mode = head_mode
         self._no_head = no_head
