@@ -17,10 +17,13 @@ NAME = "depthlm_ros"
 COMPAT = ["math-verify[antlr4_13_2]==0.9.0"]
 # torch.utils.tensorboard writes through the first; adapters are the second.
 TRAIN = ["tensorboard>=2.17", "peft>=0.18"]
+# Graphs are exported by the first two and run by the third, which on a robot is the one for its accelerator.
+EXPORT = ["onnx>=1.18", "onnxscript>=0.5", "onnxruntime>=1.20"]
 VERSION = re.search(r'^__version__ = "(.+)"$', Path(NAME, "__init__.py").read_text(encoding="utf-8"), re.M).group(1)
 
 # Named one by one: a checkpoint that somebody keeps under models/ must not end up in a wheel.
-SHARED_FOLDERS = ("launch", "config", "config/train", "models", "models/demo", "models/sample_drive")
+CONFIGS = ("config", "config/train", "config/containers")
+SHARED_FOLDERS = ("launch", *CONFIGS, "models", "models/demo", "models/sample_drive")
 
 
 def shared(folder):
@@ -63,6 +66,9 @@ setup(
         "rosbags>=0.11",
         "matplotlib>=3.8",
         "tqdm>=4.66",
+        # The same library under its two names: the first needs Python 3.11, which ROS 2 Humble doesn't have.
+        "httpx2>=2; python_version >= '3.11'",
+        "httpx>=0.27; python_version < '3.11'",
     ],
     extras_require={
         # ROS 2 Kilted for machines that have none of their own; robots have theirs from apt.
@@ -83,7 +89,9 @@ setup(
             "colcon-package-information",
             *COMPAT,
             *TRAIN,
+            *EXPORT,
         ],
+        "export": EXPORT,
         "train": TRAIN,
         "compat": COMPAT,
         "lint": ["ruff>=0.6"],

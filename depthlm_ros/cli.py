@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from depthlm_ros import cli_bag, cli_tasks, cli_train, config
+from depthlm_ros import cli_bag, cli_parity, cli_tasks, cli_train, config
 from depthlm_ros.bench import command as bench
 from depthlm_ros.cli_inputs import (
     add_answer_kind_argument,
@@ -17,10 +17,11 @@ from depthlm_ros.cli_inputs import (
     add_reader_arguments,
     camera_of,
 )
+from depthlm_ros.config import ENGINE_SETTINGS
 from depthlm_ros.errors import ConfigError, DatasetError, DepthLMError, ImageError
 from depthlm_ros.protocols import PROTOCOLS, PUBLISHED_SAMPLES
 
-MODEL_SETTINGS = ("model", "commercial_use", "dialect", "policy", "device", "dtype", "batch_size")
+MODEL_SETTINGS = ("model", "commercial_use", "dialect", "policy", "device", "dtype", "batch_size", *ENGINE_SETTINGS)
 PIXEL_SETTINGS = ("points", "points_per_question", "stride", "sampling", "region", "densify", "undrawable")
 ANSWER_SETTINGS = ("distribution", "depth_value", "calibration")
 FILTERS = ("max_depth_m", "min_confidence")
@@ -68,6 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
     bench.add_command(commands)
     cli_bag.add_commands(commands)
     cli_train.add_commands(commands)
+    cli_parity.add_command(commands)
     return parser
 
 

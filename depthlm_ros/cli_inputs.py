@@ -6,6 +6,8 @@ import argparse
 import math
 from pathlib import Path
 
+import yaml
+
 from depthlm_ros.errors import CameraError
 
 
@@ -21,6 +23,36 @@ def add_camera_arguments(parser: argparse.ArgumentParser, description: str, of: 
     camera.add_argument(
         f"--fov-deg{suffix}", type=float, help=f"horizontal field of view in degrees, instead of --fx{suffix}"
     )
+
+
+def read_calibration(path: Path):
+    """The camera of a calibration file, as camera_calibration and camera drivers write it.
+
+    Raises:
+        CameraError: it can't be read, or lacks something.
+    """
+    from depthlm_ros.camera import Camera, Distortion
+
+    try:
+        told = yaml.safe_load(path.read_text(encoding="utf-8"))
+        matrix = [float(value) for value in told["camera_matrix"]["data"]]
+        coefficients = tuple(float(value) for value in told["distortion_coefficients"]["data"])
+        model = told["distortion_model"]
+        lens = Distortion(model, coefficients) if any(coefficients) else Distortion()
+        return Camera(
+            fx=matrix[0],
+            fy=matrix[4],
+            cx=matrix[2],
+            cy=matrix[5],
+            width=told["image_width"],
+            height=told["image_height"],
+            distortion=lens,
+        )
+    except (OSError, yaml.YAMLError, LookupError, TypeError, ValueError) as error:
+        raise CameraError(
+            f"{path} is no calibration ({type(error).__name__}: {error}); give a YAML file of camera_calibration, with "
+            "image_width, image_height, camera_matrix, distortion_model and distortion_coefficients"
+        ) from error
 
 
 def camera_of(arguments: argparse.Namespace, width: int, height: int):

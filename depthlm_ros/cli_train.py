@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from depthlm_ros.errors import MissingDependencyError
+from depthlm_ros.cli_inputs import add_camera_arguments, camera_of, read_calibration
+from depthlm_ros.errors import ConfigError, MissingDependencyError
+from depthlm_ros.manifest import TARGETS
 
 
 def add_commands(commands) -> None:
@@ -80,18 +82,21 @@ def _finetune(arguments: argparse.Namespace) -> int:
 def _add_export(commands) -> None:
     parser = commands.add_parser(
         "export",
-        help="the model of a training run, ready for the node",
-        description="Writes the model of a run into a folder of its own: adapters merged, processor, card, README. "
-        "What was written is compared with the run and asked once in each dialect before the folder appears.",
+        help="the model of a training run, ready for the node; or a checkpoint for an accelerator",
+        description="Without --target: writes the model of a run into a folder of its own: adapters merged, processor, "
+        "card, README. What was written is compared with the run and asked once in each dialect before the folder "
+        "appears. With --target: makes an engine of a checkpoint for one camera, with the reference answers that it "
+        "has to match; see the README for what runs where.",
     )
     # `run` is the command's function.
-    parser.add_argument("run_folder", type=Path, metavar="RUN", help="the folder of a training")
-    parser.add_argument("out", type=Path, metavar="FOLDER", help="the model's folder, to make")
-    parser.add_argument("--step", type=int, help="of the checkpoint; default: the newest")
-    parser.add_argument(
+    parser.add_argument("source", metavar="RUN|CHECKPOINT", help="the folder of a training; with --target any model")
+    parser.add_argument("out", type=Path, metavar="FOLDER", help="the folder to make")
+    run = parser.add_argument_group("a training's model")
+    run.add_argument("--step", type=int, help="of the checkpoint; default: the newest")
+    run.add_argument(
         "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights (default float32)"
     )
-    parser.add_argument(
+    run.add_argument(
         "--scores",
         type=Path,
         nargs="+",
@@ -99,20 +104,67 @@ def _add_export(commands) -> None:
         metavar="METRICS.json",
         help="of 'depthlm evaluate', one for each dialect; they go into the card",
     )
+    engine = parser.add_argument_group("an engine")
+    engine.add_argument("--target", choices=tuple(TARGETS), help="what to make")
+    engine.add_argument("--precision", default="", help="of the engine; default: onnx float32, edge-llm float16, "
+                        "tensorrt-llm bfloat16")  # fmt: skip
+    engine.add_argument(
+        "--reference-dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default="float32",
+        help="number format in which the checkpoint gives its reference answers (default float32)",
+    )
+    engine.add_argument("--bag", type=Path, help="a recording of the same camera; its frames are compared as well")
+    engine.add_argument("--gpu", default="", help="that a tensorrt-llm engine is for, such as H100 or sm90")
+    engine.add_argument(
+        "--exporter", default="", help="of edge-llm: tensorrt-edgellm-export, or the Python of its environment"
+    )
+    add_camera_arguments(parser, "give --camera, or --size with --fx or --fov-deg; an engine is for one camera")
+    parser.add_argument("--camera", type=Path, metavar="FILE.yaml", help="a calibration file of ROS")
+    parser.add_argument("--size", type=_size, metavar="WIDTHxHEIGHT", help="of the camera's image, such as 640x480")
     parser.set_defaults(run=_export)
+
+
+def _size(text: str) -> tuple[int, int]:
+    width, _, height = text.partition("x")
+    if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
+        raise argparse.ArgumentTypeError(f"{text!r} isn't WIDTHxHEIGHT, such as 640x480")
+    return int(width), int(height)
 
 
 def _export(arguments: argparse.Namespace) -> int:
     try:
         from depthlm_training.export import export
+        from depthlm_training.export_targets import TargetOptions, export_target
     except ModuleNotFoundError as error:
         raise _without_training(error) from error
-    made = export(
-        arguments.run_folder, arguments.out, step=arguments.step, dtype=arguments.dtype, scores=arguments.scores
+    if arguments.target is None:
+        made = export(
+            Path(arguments.source), arguments.out, step=arguments.step, dtype=arguments.dtype, scores=arguments.scores
+        )
+        print(f"wrote {made.folder}: step {made.step}, dialects {', '.join(made.card.dialects) or 'none'}")
+        print(f"its answers differ from the run's by {made.difference:.1e} of their spread")
+        return 0
+    options = TargetOptions(
+        arguments.precision, arguments.reference_dtype, arguments.bag, arguments.gpu, arguments.exporter
     )
-    print(f"wrote {made.folder}: step {made.step}, dialects {', '.join(made.card.dialects) or 'none'}")
-    print(f"its answers differ from the run's by {made.difference:.1e} of their spread")
+    manifest = export_target(arguments.source, arguments.out, arguments.target, _camera(arguments), options)
+    print(f"wrote {arguments.out}: {manifest.target} in {manifest.precision}, dialects {', '.join(manifest.dialects)}")
+    for name, value in (*manifest.image.items(), *manifest.extra.items()):
+        print(f"  {name}: {value}")
+    print(f"run it with model:={arguments.out} engine:={' or '.join(TARGETS[manifest.target])}")
     return 0
+
+
+def _camera(arguments: argparse.Namespace):
+    if arguments.camera is not None:
+        return read_calibration(arguments.camera)
+    if arguments.size is None:
+        raise ConfigError(
+            "an engine is made for one camera; give its calibration file with --camera, or --size WIDTHxHEIGHT with "
+            "--fx or --fov-deg"
+        )
+    return camera_of(arguments, *arguments.size)
 
 
 def _without_training(error: ModuleNotFoundError) -> MissingDependencyError:

@@ -25,6 +25,21 @@ from depthlm_ros.errors import ConfigError, unknown_choice
 NODE_NAME = "depth_node"
 # Points a frame when `points` is 0 and the dialect answers in words: each point costs a question.
 POINTS_IN_WORDS = 256
+# What the commands that load a model take about its engine.
+ENGINE_SETTINGS = (
+    "engine",
+    "server_urls",
+    "server_model",
+    "server_dialect",
+    "server_key_variable",
+    "server_concurrency",
+    "server_timeout_s",
+    "server_image",
+    "guided",
+    "prefix_reuse",
+    "reference",
+    "accept_unproven",
+)
 _WITH_ARTICLE = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
 
 

@@ -100,6 +100,7 @@ class Estimator:
         options: EngineOptions | None = None,
         reference: str | Path | None = None,
         accept_unproven: bool = False,
+        check_parity: bool = True,
     ) -> Estimator:
         """Loads a model.
 
@@ -118,6 +119,7 @@ class Estimator:
             options: of the engine; `device`, `dtype` and `batch_size` are a short way to three of them.
             reference: folder of reference answers; None takes those in the model's folder.
             accept_unproven: go on with an engine that answers otherwise than its reference, and complain.
+            check_parity: False for who compares by himself.
 
         Raises:
             LicenceError: `commercial_use` of a model whose licence forbids it.
@@ -138,7 +140,8 @@ class Estimator:
         _dialect(card, dialect)
         estimator = cls(card, made, policy, dialect, curve)
         try:
-            estimator.proof = prove(estimator, Path(source), reference, accept_unproven)
+            if check_parity:
+                estimator.proof = prove(estimator, Path(source), reference, accept_unproven)
         except BaseException:
             estimator.close()
             raise
@@ -545,10 +548,10 @@ def _spoken_by(card: ModelCard, info: EngineInfo) -> ModelCard:
         return card
     spoken = tuple(dialect for dialect in card.dialects if (info.dense if dialect == "dense" else info.words))
     if card.dialects and not spoken:
-        kinds = "maps" if info.dense else "answers in words"
+        kinds = "dense maps" if info.dense else "answers in words"
         raise DialectError(
-            f"engine {info.engine} makes {kinds}, model {card.name!r} speaks {', '.join(card.dialects)}; choose another "
-            "engine"
+            f"engine {info.engine} makes {kinds}, model {card.name!r} speaks {', '.join(card.dialects)}; choose "
+            "another engine"
         )
     default = card.default_dialect if card.default_dialect in spoken else next(iter(spoken), None)
     return replace(card, dialects=spoken, default_dialect=default)

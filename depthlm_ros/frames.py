@@ -11,6 +11,7 @@ from sensor_msgs.msg import CompressedImage
 
 from depthlm_ros.camera_input import Pair
 from depthlm_ros.depth import Frame
+from depthlm_ros.errors import EngineError
 from depthlm_ros.inference import Inference, Measurement, Prepared
 from depthlm_ros.monitor import Monitor
 from depthlm_ros.outputs import build_outputs, pose_message
@@ -98,6 +99,7 @@ class FramePath:
         """Asks the model what somebody wants to know now, with the parameters as they are now."""
         begun = time.perf_counter()
         activation, parameters, wanted = self._node.activation, self._node.parameters, self._wanted()
+        self._inference.deadline = self._deadline(ready.arrival)
         stages = dict(ready.prepared.timing_s)
         stages["prepare-wait"] = begun - ready.arrival.seconds - sum(stages.values())
         measured = None
@@ -127,6 +129,7 @@ class FramePath:
     def _publish_depth(self, done: MeasuredFrame) -> MeasuredFrame:
         if done.measured is None:
             return replace(done, published=True)
+        self._deadline(done.arrival)
         (image, info), frame, measured = done.arrival.pair, done.frame, done.measured
         depth_m = measured.depth_image(frame.image) if "depth" in done.wanted else None
         messages = build_outputs(
@@ -142,6 +145,7 @@ class FramePath:
         begun = time.perf_counter()
         told = self._inference.pose(done.frame, run=done.activation)
         if told is not None:
+            self._deadline(done.arrival)
             first, pose = told
             message = pose_message(first, pose)
             self._monitor.pose_done(message is not None)
@@ -152,6 +156,25 @@ class FramePath:
                 self._node.complain("relative_pose", text)
         ended = time.perf_counter()
         return replace(done, timing_s=done.timing_s | {"pose": ended - begun}, ended_s=ended)
+
+    def _deadline(self, arrival: Arrival) -> float | None:
+        """When an answer about an image is of no use any more, in seconds of `time.monotonic`; None for never.
+
+        Its age counts from when it came: the clock of a camera or of a recording may be any.
+
+        Raises:
+            EngineError: it is too late already.
+        """
+        most = self._node.parameters.max_age_s
+        if not most:
+            return None
+        age = time.perf_counter() - arrival.seconds
+        if age > most:
+            raise EngineError(
+                f"the answer came {age:.1f} s after the image, max_age_s is {most:g}: not published; ask fewer points, "
+                "take a faster engine, or allow more"
+            )
+        return time.monotonic() + most - age
 
     def _both(self, pair: Pair) -> Pair:
         return pair[0], self._node.require_info(pair[1])

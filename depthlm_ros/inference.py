@@ -145,6 +145,15 @@ class Inference:
         self._decoded: tuple[Any, Frame] | None = None
         self._previous: tuple[object, Frame] | None = None
 
+    @property
+    def deadline(self) -> float | None:
+        """When the engine's answer is of no use any more, in seconds of `time.monotonic`; None for never."""
+        return self._estimator.engine.deadline
+
+    @deadline.setter
+    def deadline(self, value: float | None) -> None:
+        self._estimator.engine.deadline = value
+
     def frame(self, message: Any, info: Any, *, compressed: bool, rectified: bool) -> Frame:
         """Decodes an image message, or returns what it was decoded to before; in any thread.
 
@@ -211,6 +220,7 @@ class Inference:
         Raises:
             DepthLMError: as `Assistant.ask_about`.
         """
+        self.deadline = None
         answers = self._assistant.ask_about(
             [frame.image], texts, [frame.camera], max_new_tokens=parameters.answer_tokens
         )
@@ -233,6 +243,7 @@ class Inference:
         answers = [self._outside(frame, pixel) for pixel in asked]
         if not inside.any():
             return answers
+        self.deadline = None
         said = self._estimate(frame, asked[inside], dialect, parameters)
         kept = keep_good(said, parameters)
         points = frame.camera.unproject(kept.pixels, kept.depth_m)

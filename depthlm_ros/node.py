@@ -380,7 +380,8 @@ class DepthNode(LifecycleNode):
         if self._estimator is not None:
             info = self._estimator.engine.info
             values["dialect"] = spoken_dialect(self._estimator, self.parameters) or "none"
-            values |= {"device": info.device, "dtype": info.dtype, "why": "; ".join(info.reasons)}
+            values |= {"engine": info.engine, "device": info.device, "dtype": info.dtype}
+            values["why"] = "; ".join(info.reasons)
         status = replace(status, values=values | status.values)
         name = f"{self.get_fully_qualified_name().lstrip('/')}: depth"
         stamp = self.get_clock().now().to_msg()
@@ -401,6 +402,8 @@ class DepthNode(LifecycleNode):
                 f"nothing comes on {', '.join(sorted(silent))}: model {self.parameters.model} answers no depth "
                 f"questions, it is for {', '.join(card.tasks)}"
             )
+        if self._estimator is not None:
+            warnings += self._estimator.complaints
         return [*warnings, *filter(None, [self._camera.complaint])]
 
 

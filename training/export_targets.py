@@ -1,0 +1,170 @@
+"""From a checkpoint to an engine of a robot's accelerator: `depthlm export CHECKPOINT OUT --target ...`.
+
+Whatever the target, OUT is a model folder: the node takes it as `model`, with the engine that runs the target. Beside
+the target's own files it holds the card, the small files of the processor, `reference/` with what the checkpoint
+answers in float32 about rendered frames, and `engine.json`, which names them all.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from depthlm_ros.camera import Camera
+from depthlm_ros.cards import CARD_FILE, load_card
+from depthlm_ros.engines.checkpoint import SMALL_FILES, open_processor
+from depthlm_ros.errors import ConfigError
+from depthlm_ros.estimator import Estimator
+from depthlm_ros.manifest import (
+    ENGINE_FILE,
+    REFERENCE_FOLDER,
+    TARGETS,
+    Manifest,
+    read_manifest,
+    sha256_of,
+    write_manifest,
+)
+from depthlm_ros.modelcard import ModelCard
+from depthlm_ros.parity import camera_values, default_frames, record_reference, recorded_frames
+from depthlm_training.config import as_yaml
+
+Exporter = Callable[..., Manifest]
+PRECISIONS = {"onnx": "float32", "edge-llm": "float16", "tensorrt-llm": "bfloat16"}
+"""What each target computes in when nobody says otherwise."""
+
+
+@dataclass(frozen=True)
+class TargetOptions:
+    """What an export is told.
+
+    Attributes:
+        precision: of the engine; empty takes the target's own.
+        reference_dtype: of the checkpoint when it gives the reference answers.
+        bag: recording whose frames are added to the rendered ones; of the same camera.
+        gpu: that a TensorRT-LLM engine is for, such as "H100" or "sm90"; empty for any.
+        exporter: Edge-LLM's exporter or the Python of its environment; empty looks for it.
+    """
+
+    precision: str = ""
+    reference_dtype: str = "float32"
+    bag: Path | None = None
+    gpu: str = ""
+    exporter: str = ""
+
+
+def export_target(
+    model: str, out: Path, target: str, camera: Camera, options: TargetOptions = TargetOptions()
+) -> Manifest:
+    """Exports a checkpoint.
+
+    Args:
+        model: name of a card, folder or hub id.
+        out: folder to make; must not exist.
+        target: one of `manifest.TARGETS`.
+        camera: of the images that the engine will see; graphs are made for its size, token limits for its view.
+        options: see there.
+
+    Returns:
+        The manifest, as written.
+
+    Raises:
+        ConfigError: an unknown target, `out` exists, a recording of another camera.
+        ModelError, DialectError: the target can't run this model; the message says why.
+        MissingDependencyError: the exporter isn't installed; the message has the line that installs it.
+        TrainingError, EngineError: the exporter failed, or what it made answers otherwise.
+    """
+    if target not in TARGETS:
+        raise ConfigError(f"target is {target!r}; choose one of {', '.join(TARGETS)}")
+    if out.exists():
+        raise ConfigError(f"{out} exists already; delete it or name another folder")
+    card, source = load_card(model)
+    small = open_processor(source, card.revision).folder
+    with Estimator.load(model, device="cpu", dtype="float32") as estimator:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
+            made = Path(scratch) / out.name
+            made.mkdir()
+            precision = options.precision or PRECISIONS[target]
+            own = _own(target, options)
+            manifest = _exporter(target)(estimator, small, made, camera, precision=precision, **own)
+            _add_small_files(small, made)
+            _add_card(estimator.card, manifest, str(source), made)
+            if manifest.dialects:
+                _add_reference(model, estimator, manifest, made, camera, options)
+            files = {path.relative_to(made).as_posix(): sha256_of(path) for path in sorted(_files(made))}
+            manifest = replace(manifest, files=files, camera=camera_values(camera))
+            write_manifest(made, manifest)
+            shutil.move(made, out)
+    written = read_manifest(out)
+    assert written is not None
+    return written
+
+
+def _exporter(target: str) -> Exporter:
+    if target == "onnx":
+        from depthlm_training.onnx_export import export_onnx
+
+        return export_onnx
+    if target == "edge-llm":
+        from depthlm_training.edge_llm_export import export_edge_llm
+
+        return export_edge_llm
+    from depthlm_training.tensorrt_llm_export import export_tensorrt_llm
+
+    return export_tensorrt_llm
+
+
+def _own(target: str, options: TargetOptions) -> dict[str, Any]:
+    """What only one target is told."""
+    if target == "edge-llm":
+        return {"executable": options.exporter or None}
+    return {"gpu": options.gpu} if target == "tensorrt-llm" else {}
+
+
+def _add_small_files(source: Path, made: Path) -> None:
+    """Config, tokenizer and processor; files that the exporter has written stay."""
+    for pattern in SMALL_FILES:
+        for path in sorted(source.glob(pattern)):
+            if not path.name.endswith(".index.json") and path.name not in (CARD_FILE, ENGINE_FILE):
+                if not (made / path.name).exists():
+                    shutil.copyfile(path, made / path.name)
+
+
+def _add_card(card: ModelCard, manifest: Manifest, source: str, made: Path) -> None:
+    """The card, with the dialects that the engine can be asked in; digests of weights stay behind with them."""
+    default = card.default_dialect if card.default_dialect in manifest.dialects else next(iter(manifest.dialects), None)
+    kept = replace(
+        card,
+        source=source if not Path(source).is_dir() else Path(source).name,
+        sha256={},
+        dialects=manifest.dialects,
+        default_dialect=default,
+    )
+    (made / CARD_FILE).write_text(as_yaml(kept), encoding="utf-8")
+
+
+def _add_reference(
+    model: str, estimator: Estimator, manifest: Manifest, made: Path, camera: Camera, options: TargetOptions
+) -> None:
+    frames = default_frames(camera)
+    if options.bag is not None:
+        added = recorded_frames(options.bag)
+        if added[0].camera != camera:
+            raise ConfigError(
+                f"{options.bag} was recorded with {added[0].camera}, the export is for {camera}; name that camera, or "
+                "leave the recording out"
+            )
+        frames = added + frames
+    if options.reference_dtype == "float32":
+        record_reference(estimator, frames, made / REFERENCE_FOLDER, manifest.dialects)
+        return
+    with Estimator.load(model, device="cpu", dtype=options.reference_dtype) as other:
+        record_reference(other, frames, made / REFERENCE_FOLDER, manifest.dialects)
+
+
+def _files(folder: Path) -> Sequence[Path]:
+    return [path for path in folder.rglob("*") if path.is_file() and path.name != ENGINE_FILE]
