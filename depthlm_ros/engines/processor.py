@@ -20,8 +20,13 @@ from PIL import Image
 from transformers import AutoTokenizer
 
 # Not through AutoImageProcessor: up to transformers 5.14 it can't be had without torchvision.
-from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+try:
+    from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+except ModuleNotFoundError:
+    # TensorRT-LLM's environment has transformers 4.57, where the same classes have other names.
+    from transformers.models.pixtral.image_processing_pixtral import PixtralImageProcessor as PixtralImageProcessorPil
+    from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor as Qwen2VLImageProcessorPil
 
 from depthlm_ros.engines.base import ImageGrid
 from depthlm_ros.engines.checkpoint import Checkpoint
@@ -149,7 +154,8 @@ class PromptProcessor:
                 f"an image of {images[0].shape[1]}x{images[0].shape[0]} pixels can't be prepared: {error}"
             ) from error
         names = self._image_processor.model_input_names
-        return ImageInputs({name: tensors[name] for name in names}, self._tokens_hw(tensors), len(images))
+        told = {name: tensors[name] for name in names if name in tensors}
+        return ImageInputs(told, self._tokens_hw(tensors), len(images))
 
     def _values_of_bytes(self) -> np.ndarray | None:
         """(3, 256) float32: what the checkpoint's processor makes of each byte of each channel.
@@ -232,6 +238,10 @@ class PromptProcessor:
         header, *parts = self._chat_text(question, len(grids_hw)).split(self.image_token)
         written = ["".join(self.tokenizer.convert_ids_to_tokens(self._placeholders(grid))) for grid in grids_hw]
         return header + "".join(tokens + part for tokens, part in zip(written, parts, strict=True))
+
+    def prompt_text(self, question: str, images: int = 1) -> str:
+        """The prompt as text with one placeholder an image, for programs that write placeholders out themselves."""
+        return self._chat_text(question, images)
 
     def _chat_texts(self, questions: Sequence[str], images: int) -> list[str]:
         """`_chat_text` of each question; the template is rendered for a few of them where it only frames a text."""
