@@ -50,6 +50,7 @@ class PacedEstimator:
         self.dialects = ("dense", "coordinates")
         info = EngineInfo("paced", "paced", "none", "cpu", "float32", ("it is a test",), 0, True)
         self.engine = SimpleNamespace(info=info)
+        self.complaints: tuple[str, ...] = ()
         self.gate = threading.Event()
         self.gate.set()
         self.entered = threading.Event()

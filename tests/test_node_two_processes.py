@@ -85,6 +85,7 @@ from depthlm_ros.node import main
 class Slow:
     card = SimpleNamespace(default_dialect="dense")
     dialects = ("dense",)
+    complaints = ()
     engine = SimpleNamespace(info=EngineInfo("slow", "slow", "none", "cpu", "float32", (), 0, True))
     def describe(self): return []
     def close(self): pass
