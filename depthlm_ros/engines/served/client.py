@@ -1,4 +1,4 @@
-"""Bytes to a server and back: one pool of connections, time limits for the whole answer, caps, and a way to cut it off."""
+"""Bytes to a server and back: a pool of connections, time limits for whole answers, caps, a way to break them off."""
 
 from __future__ import annotations
 
@@ -102,6 +102,7 @@ class Client:
             follow_redirects=False,
         )
         self._sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
+        self._cuts = 0
         self._lock = threading.Lock()
 
     def __repr__(self) -> str:
@@ -109,7 +110,7 @@ class Client:
 
     def get(self, path: str, timeout_s: float) -> Response:
         """Asks for a page; raises as `post`."""
-        return self._send("GET", path, None, time.monotonic() + timeout_s)
+        return self._send("GET", path, None, time.monotonic() + timeout_s, self._cuts)
 
     def post(self, path: str, body: bytes, limit: float) -> Response:
         """Sends JSON and waits for the whole answer.
@@ -122,17 +123,23 @@ class Client:
         Raises:
             Refused, TimedOut, Broken: what went wrong; the message is for a person.
         """
-        return self._send("POST", path, body, limit)
+        cuts = self._cuts
+        try:
+            return self._send("POST", path, body, limit, cuts)
+        except Refused:
+            if self._cuts != cuts:
+                raise
+        # A kept connection may have been closed just then; a new one tells.
+        return self._send("POST", path, body, limit, cuts)
 
     def cut(self) -> None:
         """Breaks every connection off, so that requests under way end at once, here and in the server."""
         with self._lock:
+            self._cuts += 1
             open_ones = list(self._sockets)
             self._sockets.clear()
         for each in open_ones:
-            with contextlib.suppress(OSError):
-                # Closing wouldn't wake the thread that reads. An SSLSocket's own method isn't safe beside a read.
-                socket.socket.shutdown(each, socket.SHUT_RDWR)
+            _break(each)
 
     def close(self) -> None:
         """Gives the connections back."""
@@ -144,7 +151,7 @@ class Client:
         text = " ".join(self._key.hide(said).split())
         return text if len(text) <= _QUOTED else text[:_QUOTED] + " ..."
 
-    def _send(self, method: str, path: str, body: bytes | None, limit: float) -> Response:
+    def _send(self, method: str, path: str, body: bytes | None, limit: float, cuts: int) -> Response:
         httpx, left = self._httpx, limit - time.monotonic()
         if left <= 0:
             raise TimedOut("no time was left to ask")
@@ -157,7 +164,7 @@ class Client:
                 content=body,
                 headers=headers,
                 timeout=timeout,
-                extensions={"trace": self._trace},
+                extensions={"trace": lambda event, info: self._trace(event, info, cuts)},
             ) as response:
                 answer = b"".join(self._read(response, limit))
                 found = {name.lower(): value for name, value in response.headers.items()}
@@ -196,10 +203,20 @@ class Client:
                 raise TimedOut(f"only {seen} bytes of the answer came in time")
             yield chunk
 
-    def _trace(self, event: str, info: dict[str, Any]) -> None:
-        """Keeps the sockets that are opened, to break them off."""
-        if event.endswith(("connect_tcp.complete", "start_tls.complete")):
-            opened = info["return_value"].get_extra_info("socket")
-            if isinstance(opened, socket.socket):
-                with self._lock:
-                    self._sockets.add(opened)
+    def _trace(self, event: str, info: dict[str, Any], cuts: int) -> None:
+        """Keeps the sockets that are opened, to break them off; those of requests that were are, at once."""
+        if not event.endswith(("connect_tcp.complete", "start_tls.complete")):
+            return
+        opened = info["return_value"].get_extra_info("socket")
+        if isinstance(opened, socket.socket):
+            with self._lock:
+                self._sockets.add(opened)
+                late = self._cuts != cuts
+            if late:
+                _break(opened)
+
+
+def _break(each: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        # Closing wouldn't wake the thread that reads. An SSLSocket's own method isn't safe beside a read.
+        socket.socket.shutdown(each, socket.SHUT_RDWR)

@@ -1,11 +1,11 @@
 """What each kind of server wants to be told and says: fields of a question, the shape of an answer.
 
-    server               guide                                        not known: fields that it   logprobs
-    trtllm-serve         response_format {"type": "regex", "regex"}   refuses with 400            of each token, no ids
-    vLLM                 structured_outputs {"regex"}; before 0.12    leaves out without a word   of each token
+    server               guide                                        unknown fields   probabilities
+    trtllm-serve         response_format {"type": "regex", "regex"}   400              of each token
+    vLLM                 structured_outputs {"regex"}; before 0.12    left out         of each token
                          guided_regex
-    TensorRT Edge-LLM    guided_decoding {"regex"}                    refuses with 400            only among top_logprobs
-    transformers serve   none                                         refuses with 422            none
+    TensorRT Edge-LLM    guided_decoding {"regex"}                    400              only among top_logprobs
+    transformers serve   none                                         422              none
 
 All take `max_tokens`, `temperature` and OpenAI's image parts. None is sent `stop`: one matches tokens, one text, one
 fails. Read in the sources of trtllm-serve 1.3, vLLM 0.32, tensorrt-edgellm 0.11 and transformers 5.23.

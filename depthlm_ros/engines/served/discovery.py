@@ -33,8 +33,9 @@ LOADING_S = 300.0
 SHOT_TEXT = "How many?"
 SHOT_GUIDE = "7391"
 SHOT_TOKENS = 8
+# Guides in the order in which they are tried: of an unknown kind all, of vLLM those of its younger and older versions.
+_TRIED = {"generic": tuple(GUIDES), "vllm": ("structured_outputs", "guided_regex")}
 _OWNERS = {"tensorrt_llm": "trtllm-serve", "vllm": "vllm", "tensorrt-edgellm": "edge-llm"}
-_OLD_GUIDES = (0, 12)
 
 
 class Unusable(Exception):
@@ -100,11 +101,11 @@ def discover(client: Client, wish: Wish, timeout_s: float | None = None) -> Peer
     listed = client.get("/v1/models", PAGE_S)
     if listed.status in (401, 403):
         raise Unusable(f"{_told(client, listed)}: it wants a key, or another one")
+    if listed.status not in (200, 404, 405):
+        raise Unusable(_told(client, listed))
     cards = _cards(listed)
     dialect, health = _identify(client, wish.dialect, cards)
     version = _version(client)
-    if dialect.name == "vllm" and version and _release(version) < _OLD_GUIDES:
-        dialect = replace(dialect, guide="guided_regex")
     if dialect.name in ("vllm", "trtllm-serve"):
         dialect = replace(dialect, extras={**dialect.extras, **dict(wish.extras)})
     if not wish.guided:
@@ -132,7 +133,7 @@ def ask_once(client: Client, peer: Peer, wish: Wish, guide: str, limit: float) -
 def _try_out(client: Client, peer: Peer, wish: Wish, wait_s: float) -> Peer:
     """Asks the short question, leaves out what is refused, and looks whether the guide was kept to."""
     limit = time.monotonic() + wait_s
-    if wish.guided and peer.dialect.name == "generic":
+    if wish.guided and peer.dialect.name in _TRIED:
         peer = _find_guide(client, peer, wish, limit)
     guide = SHOT_GUIDE if peer.dialect.guide else ""
     while True:
@@ -151,7 +152,8 @@ def _try_out(client: Client, peer: Peer, wish: Wish, wait_s: float) -> Peer:
         remedy = (
             "start it with guided_decoding_backend: xgrammar" if dialect.name == "trtllm-serve" else "look at its log"
         )
-        text = f"ignores guides: it was to say {SHOT_GUIDE} and said {reply.text[:40]!r}; {remedy}, or set guided to false"
+        said = reply.text[:40]
+        text = f"ignores guides: it was to say {SHOT_GUIDE} and said {said!r}; {remedy}, or set guided to false"
         peer = replace(peer, warnings=(*peer.warnings, text))
     if dialect.logprobs and not reply.logprobs:
         dialect = replace(dialect, logprobs={}, refused=dialect.refused | {"logprobs"})
@@ -163,8 +165,8 @@ def _try_out(client: Client, peer: Peer, wish: Wish, wait_s: float) -> Peer:
 
 
 def _find_guide(client: Client, peer: Peer, wish: Wish, limit: float) -> Peer:
-    """Tries the guides of the others on a server of an unknown kind."""
-    for name in GUIDES:
+    """Tries guides one after the other where a server takes what it doesn't know without a word."""
+    for name in _TRIED[peer.dialect.name]:
         tried = replace(peer, dialect=replace(peer.dialect, guide=name))
         try:
             reply, _ = ask_once(client, tried, wish, SHOT_GUIDE, limit)
@@ -173,7 +175,7 @@ def _find_guide(client: Client, peer: Peer, wish: Wish, limit: float) -> Peer:
         except WrongModel as error:
             raise Unusable(str(error)) from error
         if reply.text.strip() == SHOT_GUIDE:
-            return replace(tried, notes=(*peer.notes, f"keeps to guides in {name}"))
+            return tried if name == peer.dialect.guide else replace(tried, notes=(*peer.notes, f"has guides in {name}"))
     return peer
 
 
@@ -258,14 +260,6 @@ def _version(client: Client) -> str:
     body = page.json() if page is not None and page.status == 200 else None
     version = body.get("version") if isinstance(body, dict) else None
     return client.hide(version)[:40] if isinstance(version, str) else ""
-
-
-def _release(version: str) -> tuple[int, ...]:
-    parts = []
-    for part in version.split(".")[:2]:
-        digits = "".join(c for c in part if c.isdigit())
-        parts.append(int(digits or 0))
-    return tuple(parts)
 
 
 def _page(client: Client, path: str) -> Response | None:

@@ -1,0 +1,106 @@
+"""The questions of a frame, put to a server: in which order, how many at once, what is asked again, and until when.
+
+A question that fails for good ends the frame: whatever is under way is broken off, here and in the server, so that
+nothing of it is left there when the next frame comes.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import time
+from collections.abc import Sequence
+
+from depthlm_ros.engines.served.frame import Frame, Limits
+from depthlm_ros.engines.served.images import pictures_of
+from depthlm_ros.engines.served.requests import Over, Question
+from depthlm_ros.engines.served.servers import Server, Servers
+from depthlm_ros.engines.worded import Ask, Reply
+from depthlm_ros.errors import EngineError
+
+
+class ServedBackend:
+    """Asks servers; a `worded.Backend`.
+
+    Args:
+        servers: the preferred one first; already opened.
+        concurrency: most requests under way at once.
+        timeout_s: longest wait for an answer.
+        image: "png" or "jpeg".
+        system: text of the system message; None for none.
+        prefix_first: whether the first question about images is put alone, so that the server keeps what they share.
+
+    Attributes:
+        deadline: when an answer is of no use any more, in seconds of `time.monotonic`; None for never.
+    """
+
+    def __init__(
+        self,
+        servers: Servers,
+        concurrency: int,
+        timeout_s: float,
+        image: str,
+        system: str | None,
+        prefix_first: bool = True,
+    ) -> None:
+        self.deadline: float | None = None
+        self._servers = servers
+        self._timeout_s = timeout_s
+        self._image = image
+        self._system = system
+        self._prefix_first = prefix_first
+        self._threads = concurrent.futures.ThreadPoolExecutor(concurrency, thread_name_prefix="served")
+
+    @property
+    def complaints(self) -> tuple[str, ...]:
+        """What is wrong now, a sentence each; from any thread."""
+        return self._servers.complaints
+
+    def ask(self, asks: Sequence[Ask]) -> list[Reply]:
+        """Answers all of them, in their order, greedily; as `worded.Backend.ask`.
+
+        Raises:
+            EngineError: no server could answer in time.
+            ImageError: an image is too large to be sent.
+        """
+        replies: list[Reply | None] = [None] * len(asks)
+        shown = pictures_of([ask.images for ask in asks], self._image)
+        tried: set[Server] = set()
+        deadline = self.deadline
+        reasons: list[str] = []
+        while None in replies:
+            if deadline is not None and time.monotonic() >= deadline:
+                why = "; ".join(reasons) or "it had waited too long before the first question"
+                raise EngineError(f"the frame became too old: {why}")
+            try:
+                server = self._servers.choose(tried)
+            except EngineError as error:
+                raise EngineError(f"{'; '.join(reasons)}; {error}" if reasons else str(error)) from None
+            tried.add(server)
+            left = [at for at, reply in enumerate(replies) if reply is None]
+            first = self._in_order([Question(at, shown[at], asks[at]) for at in left])
+            limits = Limits(self._threads, self._system, self._timeout_s, deadline)
+            try:
+                Frame(server, limits, replies, first, self._servers.others(server, tried)).run()
+            except Over as error:
+                reasons.append(f"{server.name} {error}")
+                self._servers.fail(server, str(error), error.pause_s)
+        return [reply for reply in replies if reply is not None]
+
+    def close(self) -> None:
+        """Gives back connections and threads."""
+        self._servers.close()
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def _in_order(self, questions: Sequence[Question]) -> list[Question]:
+        """The questions to begin with; the others follow them."""
+        if not self._prefix_first:
+            return list(questions)
+        groups: list[list[Question]] = []
+        for question in questions:
+            if groups and groups[-1][0].pictures == question.pictures:
+                groups[-1].append(question)
+            else:
+                groups.append([question])
+        for group in groups:
+            group[0].follows = tuple(group[1:])
+        return [group[0] for group in groups]
