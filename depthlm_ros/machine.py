@@ -30,6 +30,9 @@ JETPACKS = {
     (39, 2, 1): "7.2.1",
     (39, 2, 2): "7.2.2",
 }
+# Compute capability of a Jetson's chip, by what the device tree calls it (L4T's device trees; one GPU each).
+CHIPS = {"tegra234": "8.7", "tegra264": "11.0"}
+ORIN, THOR = "8.7", "11.0"
 _TEGRA_RELEASE = re.compile(r"R(\d+) \(release\), REVISION: (\d+)\.(\d+)")
 _SMI_S = 10.0
 
@@ -62,6 +65,24 @@ class Machine:
         """What is known, by name."""
         return {name: value for name, value in asdict(self).items() if value}
 
+    @property
+    def is_jetson(self) -> bool:
+        """Whether it is a Jetson, as far as that shows in a container."""
+        return bool(self.l4t) or "jetson" in self.board.lower()
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of memory, of the machine or of its first GPU.
+
+    Attributes:
+        total: all of it; 0 where that can't be found out.
+        free: what a program could still get.
+    """
+
+    total: int = 0
+    free: int = 0
+
 
 @lru_cache(maxsize=1)
 def this_machine() -> Machine:
@@ -77,7 +98,7 @@ def read_machine(root: Path = Path("/"), run: Callable[[list[str]], str] | None 
         run: runs a command and returns what it prints, "" when it can't; None runs it here.
     """
     run = run or printed_by
-    l4t = tegra_release(_text(root / "etc/nv_tegra_release"))
+    l4t = tegra_release(_text(root / "etc/nv_tegra_release")) or _packaged_release(run)
     capability = gpu = driver = ""
     row = run(["nvidia-smi", "--query-gpu=name,compute_cap,driver_version", "--format=csv,noheader"])
     fields = [field.strip() for field in row.splitlines()[0].split(",")] if row.strip() else []
@@ -86,9 +107,9 @@ def read_machine(root: Path = Path("/"), run: Callable[[list[str]], str] | None 
     board = _text(root / "proc/device-tree/model").replace("\0", "").strip()
     if not capability:
         # nvidia-smi is limited on Orin; its chip and Thor's have one capability each.
-        chips = _text(root / "proc/device-tree/compatible")
-        capability = "8.7" if "tegra234" in chips else "11.0" if "tegra264" in chips else ""
-        gpu = gpu or board
+        compatible = _text(root / "proc/device-tree/compatible")
+        capability = next((known for chip, known in CHIPS.items() if chip in compatible), "")
+        gpu = gpu or (board if capability else "")
     jetpack = jetpack_of(l4t)
     return Machine(platform.machine(), board, gpu, capability, driver, l4t, jetpack, tensorrt_version(run))
 
@@ -107,6 +128,25 @@ def jetpack_of(l4t: str) -> str:
     known = [jetpack for first, jetpack in JETPACKS.items() if first[:2] <= release[:2] and first <= release]
     same_line = [first for first in JETPACKS if first[0] == release[0]]
     return known[-1] if known and same_line else ""
+
+
+def memory_of(root: Path = Path("/")) -> Memory:
+    """The machine's memory, from /proc/meminfo; on a Jetson the GPU's too."""
+    seen = dict(re.findall(r"^(MemTotal|MemAvailable):\s+(\d+) kB", _text(root / "proc/meminfo"), re.M))
+    return Memory(*(int(seen.get(name, 0)) * 1024 for name in ("MemTotal", "MemAvailable")))
+
+
+def gpu_memory_of(run: Callable[[list[str]], str] | None = None) -> Memory:
+    """The first GPU's own memory; zeros without one, and on a Jetson, whose GPU has none."""
+    row = (run or printed_by)(["nvidia-smi", "--query-gpu=memory.total,memory.free", "--format=csv,noheader,nounits"])
+    match = re.match(r"\s*(\d+),\s*(\d+)\s*$", row.splitlines()[0]) if row.strip() else None
+    return Memory(*(int(mebibytes) << 20 for mebibytes in match.groups())) if match else Memory()
+
+
+def power_mode_of(run: Callable[[list[str]], str] | None = None) -> str:
+    """A Jetson's power mode, such as "MAXN" or "15W"; "" where there is no nvpmodel or it wants more rights."""
+    match = re.search(r"NV Power Mode:\s*(\S.*)", (run or printed_by)(["nvpmodel", "-q"]))
+    return match.group(1).strip() if match else ""
 
 
 def tensorrt_version(run: Callable[[list[str]], str] | None = None) -> str:
@@ -130,6 +170,13 @@ def printed_by(command: list[str]) -> str:
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout if done.returncode == 0 else ""
+
+
+def _packaged_release(run: Callable[[list[str]], str]) -> str:
+    """Release of Jetson Linux by its core package, for images that lack /etc/nv_tegra_release."""
+    installed = run(["dpkg-query", "--showformat=${Version}", "--show", "nvidia-l4t-core"])
+    match = re.match(r"\d+\.\d+\.\d+", installed)
+    return match.group() if match else ""
 
 
 def _text(path: Path) -> str:

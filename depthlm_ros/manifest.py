@@ -248,8 +248,12 @@ def add_record(folder: Path, record: ParityRecord) -> Path:
 
 def known_record(manifest: Manifest, engine: str, version: str) -> ParityRecord | None:
     """The newest check made here, from the export or from the user's cache."""
-    cached = replace(manifest, parity=(*manifest.parity, *_cached_records(manifest)))
-    return cached.record(engine, version)
+    return replace(manifest, parity=parity_records(manifest)).record(engine, version)
+
+
+def parity_records(manifest: Manifest) -> tuple[ParityRecord, ...]:
+    """All checks that were kept, in the export and in the user's cache, the newest last in each."""
+    return (*manifest.parity, *_cached_records(manifest))
 
 
 def sha256_of(path: Path) -> str:
