@@ -1,4 +1,4 @@
-"""The dense dialect as one ONNX graph: bytes of an image in, metres out, proved against the checkpoint before it's kept.
+"""The dense dialect as one ONNX graph: bytes of an image in, metres out, compared with the checkpoint before it stays.
 
 The graph is made for one camera, since all of its sizes are fixed. Runtimes do best with such graphs, and whatever
 depends on a size (positions, rotary angles, masks) is then computed here, by the code that the checkpoint runs with.
@@ -40,9 +40,9 @@ if TYPE_CHECKING:
 
 # Read by TensorRT 10.3 and by every onnxruntime that is still in use; newer ones bring nothing that is needed here.
 OPSET = 18
-# Relative difference from the checkpoint's depths: the largest of all pixels in float32; in float16, where single pixels
-# at edges may differ by much, the median of each image. onnxruntime's CPU provider multiplies halves in float32, so that
-# the second proves the conversion and the rounding of the weights; a GPU's products are what the device's own check is for.
+# Relative difference from the checkpoint's depths: the largest of all pixels in float32; in float16, where single
+# pixels at edges may differ by much, the median of each image. onnxruntime's CPU provider multiplies halves in float32,
+# so that the second proves the conversion and the rounding of the weights; a GPU's products are for the device's check.
 TOLERANCE = {"float32": 1e-4, "float16": 0.01}
 # A protobuf file ends at 2 GB; larger weights lie beside the graph.
 _EMBEDDED_BYTES = 1_500_000_000
@@ -164,14 +164,16 @@ def write_graph(graph: DenseGraph, size: tuple[int, int], path: Path, told: dict
             program.save(str(path), external_data=bytes_ > _EMBEDDED_BYTES)
         except (torch.onnx.errors.OnnxExporterError, RuntimeError) as error:
             raise ModelError(
-                f"torch {torch.__version__} can't export the graph ({type(error).__name__}: {_first_line(error)}); take "
-                "the versions of torch and onnxscript that the README names"
+                f"torch {torch.__version__} can't export the graph ({type(error).__name__}: {_first_line(error)}); "
+                "take the versions of torch and onnxscript that the README names"
             ) from error
     try:
         onnx.checker.check_model(str(path), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise ModelError(f"{path} isn't valid ONNX ({_first_line(error)}); take other versions of onnx and onnxscript") \
-            from error  # fmt: skip
+        raise ModelError(
+            f"{path} isn't valid ONNX ({_first_line(error)}); take the versions of onnx and onnxscript that the README "
+            "names"
+        ) from error
 
 
 def check_graph(path: Path, engine: TransformersEngine, images: Sequence[np.ndarray], precision: str) -> float:
@@ -230,8 +232,8 @@ def _exportable(estimator: Estimator) -> TransformersEngine:
         )
     if not info.dense:
         raise DialectError(
-            f"{estimator.card.name} has no dense head, and target onnx exports the dense dialect only; for a model that "
-            "answers in words choose target edge-llm or tensorrt-llm"
+            f"{estimator.card.name} has no dense head, and target onnx exports the dense dialect only; for a model "
+            "that answers in words choose target edge-llm or tensorrt-llm"
         )
     if info.architecture != "qwen3_vl":
         raise ModelError(

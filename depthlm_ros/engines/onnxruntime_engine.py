@@ -15,7 +15,7 @@ from depthlm_ros.engines.graph_engine import INPUT, OUTPUT, GraphEngine, graph_f
 from depthlm_ros.engines.options import EngineOptions
 from depthlm_ros.errors import ConfigError, EngineError, MissingDependencyError, ModelError
 from depthlm_ros.machine import this_machine
-from depthlm_ros.manifest import Manifest, check_built
+from depthlm_ros.manifest import Manifest
 
 CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
 _INSTALL = {
@@ -46,7 +46,6 @@ def load_onnxruntime(folder: Path, manifest: Manifest, options: EngineOptions) -
             f"onnxruntime is not installed ({error}), engine onnxruntime needs it; run: {_INSTALL[CPU]}"
         ) from error
     _check_dtype(options.dtype, manifest)
-    check_built(manifest)
     path = graph_file(folder)
     present = onnxruntime.get_available_providers()
     wanted, number = _provider(options.device, present)
@@ -101,7 +100,8 @@ def _provider(device: str, present: Sequence[str]) -> tuple[str, int]:
     known = {"cpu": CPU, "cuda": CUDA, "tensorrt": TENSORRT, "auto": CUDA if CUDA in present else CPU}
     if name not in known or (number and (not number.isdecimal() or name in ("cpu", "auto"))):
         raise ConfigError(
-            f"device is {device!r}; engine onnxruntime knows 'auto', 'cpu', 'cuda', 'cuda:N', 'tensorrt' and 'tensorrt:N'"
+            f"device is {device!r}; engine onnxruntime knows 'auto', 'cpu', 'cuda', 'cuda:N', 'tensorrt' and "
+            "'tensorrt:N'"
         )
     if known[name] not in present:
         raise MissingDependencyError(
@@ -136,8 +136,8 @@ def _session(path: Path, provider: str, number: int, manifest: Manifest) -> Any:
     loaded = session.get_providers()
     if loaded[0] != provider:
         raise EngineError(
-            f"{provider} is in this onnxruntime but doesn't load, only {', '.join(loaded)} do; install the CUDA and cuDNN "
-            "(for TensorRT: and TensorRT) versions that it was built for, or use device 'cpu'"
+            f"{provider} is in this onnxruntime but doesn't load, only {', '.join(loaded)} do; install the CUDA and "
+            "cuDNN (for TensorRT: and TensorRT) versions that it was built for, or use device 'cpu'"
         )
     return session
 
