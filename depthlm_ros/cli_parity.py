@@ -80,9 +80,16 @@ def _reference(arguments: argparse.Namespace):
 
 def _recorded(arguments: argparse.Namespace, folder: Path):
     from depthlm_ros.estimator import Estimator
-    from depthlm_ros.parity import default_frames, record_reference, recorded_frames
+    from depthlm_ros.manifest import read_manifest
+    from depthlm_ros.parity import camera_of, default_frames, record_reference, recorded_frames
 
-    frames = default_frames() if arguments.bag is None else recorded_frames(arguments.bag)
+    if arguments.bag is not None:
+        frames = recorded_frames(arguments.bag)
+    else:
+        # An export is for one camera.
+        manifest = read_manifest(Path(arguments.candidate or ""))
+        camera = camera_of(dict(manifest.camera)) if manifest is not None and manifest.camera else None
+        frames = default_frames(camera)
     dialects = tuple(filter(None, arguments.dialects.split(",")))
     with Estimator.load(arguments.first, dtype=arguments.reference_dtype) as estimator:
         return record_reference(estimator, frames, folder, dialects or None)
