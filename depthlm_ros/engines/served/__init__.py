@@ -6,7 +6,7 @@
     images.py     images as data URLs
     discovery.py  who is there, and what it can do
     servers.py    which server is asked: health, fail-over, what there is to complain about
-    requests.py   one question to one server
+    asking.py     one question to one server
     frame.py      the questions of a frame to one server: concurrency, repeats, limits of time
     backend.py    the questions of a frame: order, fail-over
     engine.py     puts them together

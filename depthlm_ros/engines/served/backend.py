@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from depthlm_ros.engines.served.frame import Frame, Limits
 from depthlm_ros.engines.served.images import pictures_of
-from depthlm_ros.engines.served.requests import Over, Question
+from depthlm_ros.engines.served.asking import Over, Question
 from depthlm_ros.engines.served.servers import Server, Servers
 from depthlm_ros.engines.worded import Ask, Reply
 from depthlm_ros.errors import EngineError
@@ -64,25 +64,21 @@ class ServedBackend:
         """
         replies: list[Reply | None] = [None] * len(asks)
         shown = pictures_of([ask.images for ask in asks], self._image)
-        tried: set[Server] = set()
+        tried: dict[Server, str] = {}
         deadline = self.deadline
-        reasons: list[str] = []
         while None in replies:
             if deadline is not None and time.monotonic() >= deadline:
-                why = "; ".join(reasons) or "it had waited too long before the first question"
-                raise EngineError(f"the frame became too old: {why}")
-            try:
-                server = self._servers.choose(tried)
-            except EngineError as error:
-                raise EngineError(f"{'; '.join(reasons)}; {error}" if reasons else str(error)) from None
-            tried.add(server)
+                reasons = [f"{server.name} {reason}" for server, reason in tried.items()]
+                raise EngineError(f"the frame became too old: {'; '.join(reasons) or 'it came too late'}")
+            server = self._servers.choose(tried)
+            tried[server] = ""
             left = [at for at, reply in enumerate(replies) if reply is None]
             first = self._in_order([Question(at, shown[at], asks[at]) for at in left])
             limits = Limits(self._threads, self._system, self._timeout_s, deadline)
             try:
                 Frame(server, limits, replies, first, self._servers.others(server, tried)).run()
             except Over as error:
-                reasons.append(f"{server.name} {error}")
+                tried[server] = str(error)
                 self._servers.fail(server, str(error), error.pause_s)
         return [reply for reply in replies if reply is not None]
 

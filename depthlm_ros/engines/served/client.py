@@ -154,7 +154,7 @@ class Client:
     def _send(self, method: str, path: str, body: bytes | None, limit: float, cuts: int) -> Response:
         httpx, left = self._httpx, limit - time.monotonic()
         if left <= 0:
-            raise TimedOut("no time was left to ask")
+            raise TimedOut("could not be asked in time")
         timeout = httpx.Timeout(connect=min(CONNECT_S, left), read=left, write=min(10.0, left), pool=left)
         headers = {} if body is None else {"Content-Type": "application/json"}
         try:
@@ -172,9 +172,9 @@ class Client:
         except httpx.ConnectTimeout as error:
             raise Refused(f"no connection within {timeout.connect:.1f} s") from error
         except httpx.PoolTimeout as error:
-            raise TimedOut("no connection was free in time") from error
+            raise TimedOut("had no connection free in time") from error
         except httpx.TimeoutException as error:
-            raise TimedOut(f"no answer within {left:.1f} s") from error
+            raise TimedOut(f"did not answer within {left:.1f} s") from error
         except (httpx.ConnectError, httpx.ReadError, httpx.WriteError, httpx.CloseError) as error:
             raise Refused(self.hide(str(error) or type(error).__name__)) from error
         except httpx.RemoteProtocolError as error:
@@ -200,7 +200,7 @@ class Client:
                 raise Broken(f"a body of more than {MOST_ANSWER_BYTES} bytes")
             # A time limit of the socket begins anew with every byte.
             if time.monotonic() > limit:
-                raise TimedOut(f"only {seen} bytes of the answer came in time")
+                raise TimedOut(f"sent only {seen} bytes of its answer in time")
             yield chunk
 
     def _trace(self, event: str, info: dict[str, Any], cuts: int) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from depthlm_ros.engines.served.discovery import Peer
-from depthlm_ros.engines.served.requests import Again, Over, Question, Refusal, put
+from depthlm_ros.engines.served.asking import Again, Over, Question, Refusal, put
 from depthlm_ros.engines.served.servers import Server
 from depthlm_ros.engines.worded import Reply
 from depthlm_ros.errors import EngineError

@@ -103,7 +103,7 @@ class Server:
         down, trouble, waiting = self._down, self._trouble, self._waiting_since
         said = []
         if down is not None:
-            said.append(f"{self.name} is not asked since {now - down[1]:.0f} s: {down[0]}")
+            said.append(f"{self.name} has been out of use for {now - down[1]:.0f} s: {down[0]}")
         elif waiting is not None and now - waiting >= self.patience_s:
             said.append(f"{self.name} has not answered for {now - waiting:.0f} s")
         elif trouble is not None:
@@ -217,8 +217,11 @@ class Servers:
             if not server.up:
                 self._watch(server)
 
-    def choose(self, tried: set[Server]) -> Server:
+    def choose(self, tried: dict[Server, str]) -> Server:
         """The first that is healthy and hasn't been tried.
+
+        Args:
+            tried: servers that failed with these questions, and how.
 
         Raises:
             EngineError: there is none; the message says why of each.
@@ -226,10 +229,10 @@ class Servers:
         for server in self.all:
             if server.up and server not in tried:
                 return server
-        reasons = "; ".join(server.reason() or f"{server.name} was just tried" for server in self.all)
-        raise EngineError(f"no server answers: {reasons}. They are asked again once they do")
+        reasons = "; ".join(server.reason() or f"{server.name} {tried[server]}" for server in self.all)
+        raise EngineError(f"no server answers: {reasons}; each is asked again as soon as it does")
 
-    def others(self, server: Server, tried: set[Server]) -> bool:
+    def others(self, server: Server, tried: dict[Server, str]) -> bool:
         """Whether another one could be asked."""
         return any(other.up and other is not server and other not in tried for other in self.all)
 
