@@ -73,7 +73,8 @@ def prove(estimator: Estimator, source: Path, reference: str | Path | None, acce
         )
         return Proof(told, told)
     if manifest is not None and reference is None:
-        record = known_record(manifest, info.engine, info.version)
+        # A server may have changed since, and on a machine that isn't this one.
+        record = None if info.engine == "openai" else known_record(manifest, info.engine, info.version)
         if record is not None and record.passed:
             return Proof(f"parity was checked here on {record.date[:10]}: {_told(record)}")
     return _checked(estimator, folder, manifest if reference is None else None, source, accept_unproven)
