@@ -61,6 +61,10 @@ class EngineError(DepthLMError):
     """An engine that failed while answering."""
 
 
+class ParityError(EngineError):
+    """An engine that answers otherwise than the model that it was made from."""
+
+
 class TransformError(DepthLMError):
     """Frames that aren't connected, or a transform that isn't known at its time."""
 

@@ -41,7 +41,7 @@ from depthlm_ros.prompts import (
     parse_compact_points,
     parse_depths,
 )
-from depthlm_ros.proof import Proof, prove
+from depthlm_ros.proof import Proof, prove, prove_each
 from depthlm_ros.published import readout_pixels
 from depthlm_ros.remember import remember
 from depthlm_ros.sampling import sample_pixels, stride_pixels
@@ -126,7 +126,8 @@ class Estimator:
             ModelError: the model can't be found or loaded.
             DialectError: it doesn't speak the dialect.
             ConfigError: an unknown value, or an engine that was made for another focal length or policy.
-            EngineError: the engine answers otherwise than its reference, or no server answers.
+            ParityError: the engine answers otherwise than its reference.
+            EngineError: no server answers.
             MissingDependencyError: the engine's package isn't there.
         """
         card, source = load_card(model, commercial_use=commercial_use)
@@ -140,7 +141,19 @@ class Estimator:
         _dialect(card, dialect)
         estimator = cls(card, made, policy, dialect, curve)
         try:
-            if check_parity:
+            if check_parity and engine == "openai" and len(options.server_urls) > 1:
+
+                def only(url: str) -> Estimator:
+                    alone = cls(card, load_engine(source, card, engine=engine, options=options.only(url)), policy)
+                    try:
+                        alone.proof = prove(alone, Path(source), reference, accept_unproven)
+                    except BaseException:
+                        alone.close()
+                        raise
+                    return alone
+
+                estimator.proof = prove_each(options.server_urls, only)
+            elif check_parity:
                 estimator.proof = prove(estimator, Path(source), reference, accept_unproven)
         except BaseException:
             estimator.close()

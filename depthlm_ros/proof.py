@@ -8,12 +8,13 @@ the engine and this machine; everything else is checked again.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from depthlm_ros.errors import EngineError
+from depthlm_ros.errors import EngineError, ParityError
 from depthlm_ros.machine import this_machine
 from depthlm_ros.manifest import (
     REFERENCE_FOLDER,
@@ -55,7 +56,7 @@ def prove(estimator: Estimator, source: Path, reference: str | Path | None, acce
         accept_unproven: go on although it doesn't, and say so for ever.
 
     Raises:
-        EngineError: it doesn't; the message holds the figures.
+        ParityError: it doesn't; the message holds the figures.
         ModelError, ConfigError: a damaged manifest or reference, an engine made for something else.
     """
     info = estimator.engine.info
@@ -78,6 +79,32 @@ def prove(estimator: Estimator, source: Path, reference: str | Path | None, acce
         if record is not None and record.passed:
             return Proof(f"parity was checked here on {record.date[:10]}: {_told(record)}")
     return _checked(estimator, folder, manifest if reference is None else None, source, accept_unproven)
+
+
+def prove_each(servers: Sequence[str], load: Callable[[str], Estimator]) -> Proof:
+    """Proves servers one by one, since each of them may answer when the others are down.
+
+    Args:
+        servers: their URLs.
+        load: loads an estimator that knows this server only, and proves it.
+
+    Raises:
+        ParityError: one of them answers otherwise.
+        EngineError: none of them can be asked.
+    """
+    proofs, absent = [], []
+    for url in servers:
+        try:
+            with load(url) as estimator:
+                proofs.append(estimator.proof)
+        except ParityError:
+            raise
+        except EngineError as error:
+            absent.append(f"{url} was not compared with its reference, since it can't be asked ({error})")
+    if not proofs:
+        raise EngineError("; ".join(absent))
+    complaints = [proof.complaint for proof in proofs if proof.complaint] + absent
+    return Proof("; ".join(dict.fromkeys(proof.sentence for proof in proofs)), "; ".join(dict.fromkeys(complaints)))
 
 
 def _checked(
@@ -105,7 +132,7 @@ def _checked(
         return Proof(f"parity with the reference: {verdict}")
     told = f"engine {info.engine} does not answer as {estimator.card.name}: {verdict}"
     if not accept_unproven:
-        raise EngineError(
+        raise ParityError(
             f"{told}. It is refused: export and build it again, with another precision or version, or set "
             "accept_unproven to use it all the same"
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 SERVER_DIALECTS = ("auto", "trtllm-serve", "vllm", "edge-llm", "transformers", "generic")
 
@@ -38,3 +38,7 @@ class EngineOptions:
     server_image: str = "png"
     guided: bool = True
     prefix_reuse: bool = True
+
+    def only(self, url: str) -> EngineOptions:
+        """The same with one server."""
+        return replace(self, server_urls=(url,))
