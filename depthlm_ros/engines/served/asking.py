@@ -23,6 +23,10 @@ class Over(Exception):
         self.pause_s = pause_s
 
 
+class Late(Over):
+    """The answer didn't come in time."""
+
+
 class Again(Exception):
     """The question may be put again after a while.
 
@@ -103,7 +107,7 @@ def put(
         raise Again(f"can't be reached: {error}", tries=_CONNECTIONS) from error
     except TimedOut as error:
         # It may be at it still; the same question once more would only make it later.
-        raise Over(str(error)) from error
+        raise Late(str(error)) from error
     except Broken as error:
         raise Over(f"sent {error}") from error
     if response.status != 200:

@@ -10,9 +10,9 @@ import concurrent.futures
 import time
 from collections.abc import Sequence
 
+from depthlm_ros.engines.served.asking import Over, Question
 from depthlm_ros.engines.served.frame import Frame, Limits
 from depthlm_ros.engines.served.images import pictures_of
-from depthlm_ros.engines.served.asking import Over, Question
 from depthlm_ros.engines.served.servers import Server, Servers
 from depthlm_ros.engines.worded import Ask, Reply
 from depthlm_ros.errors import EngineError

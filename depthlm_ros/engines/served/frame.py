@@ -10,9 +10,10 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NoReturn
 
+from depthlm_ros.engines.served.asking import Again, Late, Over, Question, Refusal, put
 from depthlm_ros.engines.served.discovery import Peer
-from depthlm_ros.engines.served.asking import Again, Over, Question, Refusal, put
 from depthlm_ros.engines.served.servers import Server
 from depthlm_ros.engines.worded import Reply
 from depthlm_ros.errors import EngineError
@@ -144,6 +145,8 @@ class Frame:
         except Refusal as error:
             self._refused(question, peer, str(error))
             return
+        except Late as error:
+            self._judge_late(time.monotonic(), str(error))
         self._replies[question.at] = reply
         self._answered += 1
         self._server.answered(time.monotonic() - put_at, bool(self._under_way))
@@ -164,11 +167,14 @@ class Frame:
             # All that were sent away come back; not all at once.
             pause_s = error.after_s + random.uniform(0.0, 0.2) * max(error.after_s, FIRST_PAUSE_S)
         question.not_before = time.monotonic() + pause_s
-        if question.not_before >= self._limits.of(question):
-            raise Over(str(error), min(error.after_s or 0.0, LONGEST_PAUSE_S))
+        self._server.struggles(str(error))
         if error.overloaded:
             self._server.busy = max(1, min(self._server.busy, (len(self._under_way) + 1) // 2))
-        self._server.struggles(str(error))
+        deadline = self._limits.deadline
+        if deadline is not None and question.not_before >= deadline:
+            raise EngineError(f"{self._server.name} {error}, and the frame would become too old")
+        if question.not_before >= self._limits.of(question):
+            raise Over(str(error), error.after_s or 0.0)
         self._ready.append(question)
 
     def _refused(self, question: Question, peer: Peer, said: str) -> None:
@@ -206,15 +212,22 @@ class Frame:
         if now - self._checked < _TICK_S / 2:
             return
         self._checked = now
-        over = self._limits.deadline is not None and now > self._limits.deadline
-        if over and (self._answered or not self._is_silent(now)):
+        deadline = self._limits.deadline
+        if (deadline is not None and now > deadline) or any(
+            now > limit + _GRACE_S for *_, limit in self._under_way.values()
+        ):
+            self._judge_late(now, f"did not answer within {now - self._began:.1f} s")
+
+    def _judge_late(self, now: float, how: str) -> NoReturn:
+        """Gives the frame up; and the server, unless it only was asked for too much, or too late."""
+        deadline = self._limits.deadline
+        if deadline is not None and now >= deadline and (self._answered or not self._is_silent(now)):
             done = sum(reply is not None for reply in self._replies)
             raise EngineError(
                 f"{self._server.name} had answered {done} of {len(self._replies)} questions when the frame became too "
                 "old; ask fewer points, or raise max_age_s"
             )
-        if over or any(now > limit + _GRACE_S for *_, limit in self._under_way.values()):
-            raise Over(f"did not answer within {now - self._began:.1f} s")
+        raise Over(how)
 
     def _is_silent(self, now: float) -> bool:
         """Whether it has taken longer than it usually does."""

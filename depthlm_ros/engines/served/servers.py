@@ -17,6 +17,7 @@ PROBE_S = 0.5
 SILENCE_S = 2.0
 # A server that failed is asked a short question with this much patience at first, and twice as much each time after.
 TRIAL_S = 3.0
+LONGEST_REST_S = 5.0
 # How many answers the usual time of an answer is taken from.
 _REMEMBERED = 32
 
@@ -242,11 +243,11 @@ class Servers:
         Args:
             server: that failed.
             reason: why, for a person.
-            pause_s: how long it wants to be left alone.
+            pause_s: how long it wants to be left alone; some say minutes and are back in seconds.
         """
         server.client.cut()
         if server.drop(reason):
-            self._watch(server, pause_s)
+            self._watch(server, min(pause_s, LONGEST_REST_S))
 
     def close(self) -> None:
         """Ends the watching and gives the connections back."""
