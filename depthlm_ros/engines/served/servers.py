@@ -78,9 +78,9 @@ class Server:
 
     @property
     def usual_s(self) -> float:
-        """How long an answer usually takes; a second while nobody knows."""
+        """How long an answer usually takes; a quarter of a second while nobody knows."""
         took = list(self._took_s)
-        return statistics.median(took) if took else 1.0
+        return statistics.median(took) if took else 0.25
 
     @property
     def has_answered(self) -> bool:

@@ -1,0 +1,378 @@
+"""Servers that fail: what is repeated, what isn't, who takes over, what is said meanwhile, what is left behind."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from fault_server import FAULTS, FaultServer
+
+from depthlm_ros.cards import load_card
+from depthlm_ros.engines.options import EngineOptions
+from depthlm_ros.engines.served.address import Address, Key
+from depthlm_ros.engines.served.client import MOST_ANSWER_BYTES
+from depthlm_ros.engines.served.engine import load_served
+from depthlm_ros.errors import ConfigError, EngineError
+
+IMAGE = np.random.default_rng(1).integers(0, 256, (64, 96, 3), dtype=np.uint8)
+QUESTIONS = [f"how far is ({n}, 5)?" for n in range(12)]
+# What the node promises: said within 4 s, answering within 10 s of a server's return.
+TOLD_S, BACK_S = 4.0, 10.0
+KEY = "sk-very-secret-1234"
+
+
+def load(*servers: FaultServer, **options):
+    card, source = load_card("demo")
+    return load_served(source, card, EngineOptions(server_urls=tuple(s.url for s in servers), **options))
+
+
+@pytest.fixture
+def server():
+    with FaultServer() as running:
+        yield running
+
+
+@pytest.fixture
+def other():
+    with FaultServer() as running:
+        yield running
+
+
+@pytest.fixture
+def engine(server):
+    loaded = load(server, server_timeout_s=2.5)
+    yield loaded
+    loaded.close()
+
+
+def texts(engine) -> list[str]:
+    return [answer.text for answer in engine.answer_shared(IMAGE, QUESTIONS, 8)]
+
+
+def truth(server: FaultServer) -> list[str]:
+    shown = np.ascontiguousarray(IMAGE[..., ::-1]).tobytes()
+    return [server.number(shown, text) for text in QUESTIONS]
+
+
+def wait(condition: Callable[[], bool], seconds: float, what: str) -> float:
+    began = time.monotonic()
+    while not condition():
+        assert time.monotonic() - began < seconds, f"waited {seconds} s for {what}"
+        time.sleep(0.02)
+    return time.monotonic() - began
+
+
+def complains_of(engine, name: str) -> bool:
+    return any(name in text for text in engine.complaints)
+
+
+@pytest.mark.parametrize("everywhere", [False, True], ids=["questions", "everything"])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_every_fault_is_told_in_time_ends_the_frame_and_is_forgotten_when_it_is_mended(
+    fault, everywhere, engine, server
+):
+    assert texts(engine) == truth(server)
+    server.fault, server.everywhere = fault, everywhere
+    told: list[float] = []
+    stop = threading.Event()
+
+    def watch() -> None:
+        began = time.monotonic()
+        while not stop.wait(0.02):
+            if complains_of(engine, server.url):
+                told.append(time.monotonic() - began)
+                return
+
+    watching = threading.Thread(target=watch)
+    watching.start()
+    with pytest.raises(EngineError, match=server.url):
+        texts(engine)
+    watching.join(TOLD_S)
+    stop.set()
+    assert told and told[0] < TOLD_S
+    wait(lambda: server.under_way <= 1, 2.0, "what was under way to be broken off, but for the watching")
+    server.fault = ""
+    wait(lambda: not engine.complaints, BACK_S, "the complaints to end")
+    assert texts(engine) == truth(server)
+    assert engine.complaints == ()
+
+
+def test_a_server_that_is_gone_is_not_waited_for_and_is_asked_when_it_is_back(engine, server):
+    server.stop()
+    with pytest.raises(EngineError, match=server.url):
+        texts(engine)
+    began = time.monotonic()
+    for _ in range(20):
+        with pytest.raises(EngineError, match="as soon as it does"):
+            texts(engine)
+    assert time.monotonic() - began < 1.0, "frames wait for a server that is known to be gone"
+    assert complains_of(engine, server.url)
+    server.start()
+    wait(lambda: not engine.complaints, BACK_S, "the server to be found again")
+    assert texts(engine) == truth(server)
+
+
+def test_the_complaint_comes_while_the_question_waits_and_says_for_how_long(engine, server):
+    server.fault = "hang"
+    asking = threading.Thread(target=lambda: pytest.raises(EngineError, texts, engine))
+    asking.start()
+    wait(lambda: complains_of(engine, "has not answered for 2 s"), 2.4, "the complaint")
+    assert asking.is_alive()
+    asking.join(5.0)
+
+
+def test_a_hanging_server_keeps_no_question_of_a_frame_that_was_given_up(engine, server):
+    server.delay_s = 0.3
+    engine.deadline = time.monotonic() + 0.5
+    with pytest.raises(EngineError, match="too old"):
+        texts(engine)
+    wait(lambda: server.under_way == 0, 1.0, "the rest of the frame to be broken off")
+    engine.deadline = None
+    # It was asked for too much; nothing is wrong with it.
+    assert engine.complaints == ()
+    assert texts(engine) == truth(server)
+
+
+def test_no_answer_comes_after_the_deadline(engine, server):
+    server.fault = "hang"
+    engine.deadline = time.monotonic() + 0.6
+    began = time.monotonic()
+    with pytest.raises(EngineError):
+        texts(engine)
+    assert time.monotonic() - began < 2.0
+    assert complains_of(engine, server.url)
+    engine.deadline = time.monotonic() - 1.0
+    asked = len(server.requests)
+    with pytest.raises(EngineError, match="too old"):
+        texts(engine)
+    assert len(server.requests) == asked
+
+
+def test_another_server_takes_over_at_once_and_gives_back(server, other):
+    engine = load(server, other, server_timeout_s=2.5)
+    try:
+        assert texts(engine) == truth(server)
+        asked = len(other.requests)
+        server.stop()
+        began = time.monotonic()
+        assert texts(engine) == truth(other)
+        assert time.monotonic() - began < 2.0
+        assert len(other.requests) == asked + len(QUESTIONS)
+        assert complains_of(engine, server.url) and complains_of(engine, f"{other.url} is asked instead")
+        server.start()
+        wait(lambda: not engine.complaints, BACK_S, "the preferred server to be found again")
+        asked = len(other.requests)
+        assert texts(engine) == truth(server)
+        assert len(other.requests) == asked
+    finally:
+        engine.close()
+
+
+def test_what_was_answered_before_a_fail_over_is_not_asked_again(server, other):
+    engine = load(server, other, server_concurrency=1)
+    try:
+        asked, before = len(server.requests), len(other.requests)
+        server.delay_s = 0.05
+        threading.Thread(
+            target=lambda: (wait(lambda: len(server.requests) >= asked + 6, 5.0, "six"), server.stop())
+        ).start()
+        assert texts(engine) == truth(server)
+        assert 5 <= len(other.requests) - before <= 7
+    finally:
+        engine.close()
+
+
+def test_a_server_that_comes_back_with_another_model_is_not_used(server, other):
+    engine = load(server, other)
+    try:
+        server.stop()
+        assert texts(engine) == truth(other)
+        server.model = "another"
+        server.start()
+        wait(lambda: complains_of(engine, "doesn't serve 'small'"), BACK_S, "the other model to be noticed")
+        asked = len(server.requests)
+        assert texts(engine) == truth(other)
+        assert len(server.requests) == asked
+    finally:
+        engine.close()
+
+
+def test_the_second_server_is_enough_to_start(server, other):
+    server.stop()
+    engine = load(server, other)
+    try:
+        assert texts(engine) == truth(other)
+        assert complains_of(engine, server.url)
+        server.start()
+        wait(lambda: not engine.complaints, BACK_S, "the preferred server to be found")
+        asked = len(other.requests)
+        assert texts(engine) == truth(server)
+        assert len(other.requests) == asked
+    finally:
+        engine.close()
+
+
+def test_no_server_at_start_is_an_error_with_url_and_remedy(server):
+    server.stop()
+    with pytest.raises(EngineError, match=rf"{server.url}.*[Ss]tart the server"):
+        load(server)
+
+
+def test_an_overloaded_server_gets_fewer_questions_and_no_complaint_in_the_end(server):
+    engine = load(server, server_concurrency=8)
+    try:
+        server.most, server.delay_s = 2, 0.05
+        assert texts(engine) == truth(server)
+        assert engine.complaints == ()
+        # It learnt how many there is room for.
+        before = len(server.requests)
+        assert texts(engine) == truth(server)
+        assert len(server.requests) - before == len(QUESTIONS)
+    finally:
+        engine.close()
+
+
+def test_retry_after_is_kept_to(engine, server):
+    server.fault, server.retry_after = "429", 1.0
+    threading.Timer(0.3, lambda: setattr(server, "fault", "")).start()
+    began = time.monotonic()
+    assert texts(engine) == truth(server)
+    assert time.monotonic() - began >= 1.0
+
+
+def test_a_failure_of_the_moment_is_asked_once_more(engine, server):
+    server.fault = "500"
+    threading.Timer(0.02, lambda: setattr(server, "fault", "")).start()
+    assert texts(engine) == truth(server)
+    assert engine.complaints == ()
+
+
+def test_a_refused_question_does_not_take_the_server_out_of_use(engine, server):
+    server.refuses = {"temperature"}
+    with pytest.raises(EngineError, match="says 400.*temperature"):
+        texts(engine)
+    assert complains_of(engine, "says 400")
+    server.refuses = set()
+    assert texts(engine) == truth(server)
+    assert engine.complaints == ()
+
+
+def test_a_huge_body_is_given_up_after_four_mebibytes(engine, server):
+    assert MOST_ANSWER_BYTES == 4 << 20
+    server.fault = "huge"
+    began = time.monotonic()
+    with pytest.raises(EngineError, match=f"more than {4 << 20} bytes"):
+        texts(engine)
+    assert time.monotonic() - began < 2.0
+
+
+def test_closing_ends_the_watching_and_the_connections(server):
+    engine = load(server)
+    server.fault, server.everywhere = "500", True
+    with pytest.raises(EngineError):
+        texts(engine)
+    engine.close()
+    wait(lambda: not any("watching" in t.name for t in threading.enumerate()), 5.0, "the watching to end")
+    seen = len(server.pages)
+    time.sleep(1.2)
+    assert len(server.pages) == seen
+
+
+def test_an_idle_connection_that_the_server_closed_is_not_taken_for_a_failure(engine, server):
+    assert texts(engine) == truth(server)
+    server.stop()
+    server.start()
+    assert texts(engine) == truth(server)
+    assert engine.complaints == ()
+
+
+# The key
+
+
+def test_the_key_is_sent_and_appears_nowhere(server, monkeypatch, caplog):
+    caplog.set_level(logging.DEBUG)
+    monkeypatch.setenv("THE_KEY", KEY)
+    server.key = KEY
+    engine = load(server, server_key_variable="THE_KEY")
+    try:
+        assert texts(engine) == truth(server)
+        seen = [repr(engine.info), repr(vars(engine)), repr(vars(engine._backend))]
+        # The server repeats what it was sent.
+        server.key = "another"
+        with pytest.raises(EngineError, match=r"says 401.*\*\*\*.*a key") as refused:
+            texts(engine)
+        seen += [str(refused.value), repr(refused.value), *engine.complaints]
+    finally:
+        engine.close()
+    seen += [record.getMessage() for record in caplog.records]
+    assert not [text for text in seen if KEY in text]
+
+
+def test_a_missing_key_is_named_at_start(server, monkeypatch):
+    monkeypatch.delenv("THE_KEY", raising=False)
+    server.key = KEY
+    with pytest.raises(EngineError, match="says 401.*wants a key"):
+        load(server, server_key_variable="THE_KEY")
+
+
+def test_a_key_is_not_sent_unencrypted_to_a_public_host(monkeypatch):
+    monkeypatch.setenv("THE_KEY", KEY)
+    key = Key.read("THE_KEY")
+    for url in ("http://localhost:8000", "http://192.168.1.7:8000/v1", "http://robot.local", "https://example.com"):
+        key.check(Address.parse(url))
+    for url in ("http://example.com", "http://8.8.8.8:8000"):
+        with pytest.raises(ConfigError, match="unencrypted") as refused:
+            key.check(Address.parse(url))
+        assert KEY not in str(refused.value)
+    assert KEY not in repr(key)
+    monkeypatch.setenv("THE_KEY", f"{KEY}\nX: 1")
+    with pytest.raises(ConfigError) as refused:
+        Key.read("THE_KEY")
+    assert KEY not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("url", "base", "private"),
+    [
+        ("http://localhost:8000", "http://localhost:8000", True),
+        ("http://localhost:8000/v1/", "http://localhost:8000", True),
+        ("https://example.com/llm/v1", "https://example.com/llm", False),
+        ("http://[::1]:8000", "http://[::1]:8000", True),
+        ("http://10.0.0.5", "http://10.0.0.5", True),
+        ("http://trtllm:8000", "http://trtllm:8000", True),
+    ],
+)
+def test_urls(url, base, private):
+    address = Address.parse(url)
+    assert (address.base, address.private) == (base, private)
+
+
+@pytest.mark.parametrize(
+    "url", ["localhost:8000", "ftp://host", "http://", "http://host:port", "http://a b/", "http://host/?q=1", ""]
+)
+def test_what_is_no_url_is_refused(url):
+    with pytest.raises(ConfigError, match="server_urls.*http://localhost:8000"):
+        Address.parse(url)
+
+
+def test_a_password_in_a_url_is_refused_without_being_shown():
+    with pytest.raises(ConfigError) as refused:
+        Address.parse("https://me:hunter2@example.com")
+    assert "hunter2" not in str(refused.value)
+
+
+@pytest.mark.parametrize("urls", [(), ("http://localhost:1", "http://localhost:1/v1")])
+def test_no_url_and_the_same_twice_are_refused(urls):
+    card, source = load_card("demo")
+    with pytest.raises(ConfigError, match="server_urls"):
+        load_served(source, card, EngineOptions(server_urls=urls))
+
+
+def test_several_models_want_a_name(server, monkeypatch):
+    monkeypatch.setattr("fault_server._OWNERS", {})
+    with pytest.raises(EngineError, match="lists 0 models.*server_model"):
+        load(server)
