@@ -15,8 +15,10 @@ GB = 1e9
 # TensorRT Edge-LLM's guide asks for as much beside the model.
 BESIDE_MODEL = 2 * GB
 # Weights of a Qwen3-VL and the precision they fit in: parameters times bytes each, plus what int4 leaves in float16.
-SIZES = ((16.5, "8B in float16"), (9.0, "4B in float16"), (5.5, "8B in int4"), (4.5, "2B in float16"), (3.2, "4B in int4"),
-         (1.8, "2B in int4"))  # fmt: skip
+SIZES = (
+    (16.5, "8B in float16"), (9.0, "4B in float16"), (5.5, "8B in int4"), (4.5, "2B in float16"), (3.2, "4B in int4"),
+    (1.8, "2B in int4"),
+)  # fmt: skip
 
 # get_arch_list is empty where no GPU can be used; the build's own flags are not.
 TORCH_PROBE = """
@@ -59,7 +61,7 @@ def check_gpu(world: World) -> Iterable[Finding]:
         if machine.is_jetson:
             yield warn(
                 "this is a Jetson whose chip can't be told from the device tree or nvidia-smi",
-                "in a container, start it with --runtime nvidia --gpus all; on the board, see that JetPack is installed",
+                "in a container, start it with --runtime nvidia --gpus all; on the board, see whether JetPack is there",
             )
             return
         yield note("no NVIDIA GPU (nvidia-smi names none): models run on the CPU, which suits the demo model only")
@@ -76,7 +78,8 @@ def check_jetson(world: World) -> Iterable[Finding]:
     if not machine.l4t:
         yield warn(
             "the release of Jetson Linux can't be read, so engines can't tell whether they were built for it",
-            "in a container, add -v /etc/nv_tegra_release:/etc/nv_tegra_release:ro; on the board, install nvidia-l4t-core",
+            "in a container, add -v /etc/nv_tegra_release:/etc/nv_tegra_release:ro; on the board, install "
+            "nvidia-l4t-core",
         )
     else:
         known = f"JetPack {machine.jetpack}" if machine.jetpack else "a JetPack that this version doesn't know"
@@ -111,7 +114,7 @@ def _jetpack(world: World) -> Iterable[Finding]:
         )
     elif line == 38 and machine.compute_capability == THOR:
         yield note(
-            "JetPack 7.0 and 7.1 come with TensorRT 10.13.3, whose engines for one question at a time can be wrong here",
+            "JetPack 7.0 and 7.1 come with TensorRT 10.13.3, whose engines for a batch of 1 can be wrong on Thor",
             "flash JetPack 7.2, or build with --maxBatchSize 2 (NVIDIA/TensorRT-Edge-LLM #105, #151)",
         )
 
@@ -187,8 +190,8 @@ def _torch_on_gpu(world: World, facts: dict[str, Any], serious: Any) -> Iterable
     if not facts.get("usable"):
         yield serious(
             f"{told} (CUDA {facts['cuda']}) can't use the GPU",
-            "look whether nvidia-smi works and whether its driver is new enough for that CUDA; in a container, start it "
-            "with --runtime nvidia --gpus all",
+            "look whether nvidia-smi works and whether its driver is new enough for that CUDA; in a container, start "
+            "it with --runtime nvidia --gpus all",
         )
         return
     if facts.get("error") or facts.get("product") != _PRODUCT:
@@ -198,7 +201,9 @@ def _torch_on_gpu(world: World, facts: dict[str, Any], serious: Any) -> Iterable
         return
     covered = covers(architectures, capability, world.machine.is_jetson)
     if covered == "ptx":
-        yield note(f"{told} has no code of its own for {_sm(capability)} and compiles at the first start (minutes)", remedy)
+        yield note(
+            f"{told} has no code of its own for {_sm(capability)} and compiles it at the first start (minutes)", remedy
+        )
     elif covered or not architectures:
         yield ok(f"{told}, CUDA {facts['cuda']}, computes on the GPU ({_sm(capability)})")
     else:

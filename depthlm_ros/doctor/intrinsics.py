@@ -39,7 +39,7 @@ def check_intrinsics(
     """
     info = as_info(fields)
     rectified = looks_rectified(info)
-    named_rectified = "rect" in topic.rsplit("/", 1)[-1] or "/image_rect" in topic
+    named_rectified = is_rectified_topic(topic)
     size = image_size or described_size(info)
     try:
         camera = camera_from_info(info, size, rectified=named_rectified)
@@ -48,13 +48,18 @@ def check_intrinsics(
         yield fail(f"CameraInfo: {told}", remedy or CALIBRATE)
         return
     yield ok(
-        f"{'P' if named_rectified else 'K'}: fx {camera.fx:.1f}, fy {camera.fy:.1f}, cx {camera.cx:.1f}, cy {camera.cy:.1f} "
-        f"for {camera.width}x{camera.height}, {_view(camera):.0f} degrees across; lens "
-        f"{'removed' if named_rectified else fields['distortion_model'] or 'none'}"
+        f"{'P' if named_rectified else 'K'}: fx {camera.fx:.1f}, fy {camera.fy:.1f}, cx {camera.cx:.1f}, "
+        f"cy {camera.cy:.1f} for {camera.width}x{camera.height}, {_view(camera):.0f} degrees across; distortion: "
+        f"{'removed' if named_rectified else camera.distortion.model}"
     )
     yield from _numbers(camera)
     yield from _lens(camera, info, named_rectified, rectified)
     yield from _window(info)
+
+
+def is_rectified_topic(topic: str) -> bool:
+    """Whether a topic's name says that its images are rectified, as image_proc names them (image_rect_color)."""
+    return "image_rect" in topic
 
 
 def described_size(info: Any) -> tuple[int, int]:
@@ -114,11 +119,11 @@ def _lens(camera: Camera, info: Any, named_rectified: bool, rectified: bool) -> 
     elif not np.isfinite(camera.rays(_corners(camera))).all():
         yield warn(
             f"the lens model ({info.distortion_model}) breaks down before the corners of the image: no depth there",
-            "calibrate again with the board near all corners, or with rational_polynomial or equidistant for wide lenses",
+            "calibrate again with the board near all corners; wide lenses want rational_polynomial or equidistant",
         )
     p = np.asarray(info.p, float)
     if p.size == 12 and p[0] and p[3]:
-        yield note(f"P holds a stereo baseline of {-p[3] / p[0]:.3f} m: the second camera of a pair; points stay in its frame")
+        yield note(f"P holds a stereo baseline of {-p[3] / p[0]:.3f} m: the second camera of a pair")
 
 
 def _window(info: Any) -> Iterable[Finding]:

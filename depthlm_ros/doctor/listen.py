@@ -175,7 +175,9 @@ def _topics(node: Any, heard: dict[str, Heard]) -> list[dict[str, Any]]:
 
 
 def _contents(entry: Heard) -> dict[str, Any]:
-    contents: dict[str, Any] = {"count": entry.count, "rate_hz": entry.rate_hz, "bytes": entry.size, "delay_s": entry.delay_s}
+    contents: dict[str, Any] = {
+        "count": entry.count, "rate_hz": entry.rate_hz, "bytes": entry.size, "delay_s": entry.delay_s,
+    }  # fmt: skip
     if not entry.count:
         return contents
     try:

@@ -99,8 +99,10 @@ def _dialects(card: ModelCard, engine: str) -> Iterable[Finding]:
         return
     worded = [dialect for dialect in card.dialects if dialect != "dense"]
     if engine in DENSE_ENGINES and "dense" not in card.dialects:
-        yield fail(f"engine {engine} makes dense maps, and {card.name} answers in words only",
-                   f"choose one of the engines {', '.join(('transformers', *WORD_ENGINES))}, or a model with a dense head")  # fmt: skip
+        yield fail(
+            f"engine {engine} makes dense maps, and {card.name} answers in words only",
+            f"choose one of the engines transformers, {', '.join(WORD_ENGINES)}, or a model with a dense head",
+        )
     elif engine in WORD_ENGINES and not worded:
         yield fail(f"engine {engine} answers in words, and {card.name} has dense maps only",
                    "choose engine transformers, onnxruntime or tensorrt")  # fmt: skip
@@ -117,7 +119,7 @@ def _view(card: ModelCard, camera: Camera) -> Iterable[Finding]:
         f"{round(camera.width * scale)}x{round(camera.height * card.focal_px / camera.fy)} at {card.focal_px:g} px"
     )
     if scale < SCALES[0]:
-        yield note(f"{told}: most of its detail is thrown away", "a smaller image of the camera gives the same depth faster")
+        yield note(f"{told}: most of its detail is thrown away", "a smaller image from the camera saves bandwidth")
     elif scale > SCALES[1]:
         yield warn(f"{told}: much larger than what was seen, slow and without more detail",
                    "use a larger image of the camera, or a lens with less field of view")  # fmt: skip
@@ -133,7 +135,9 @@ def _hub(world: World, card: ModelCard, source: str) -> Iterable[Finding]:
         yield fail(f"{source} is not in the hub's cache and HF_HUB_OFFLINE forbids to fetch it",
                    f"unset HF_HUB_OFFLINE and run: hf download {source}")  # fmt: skip
     else:
-        remedy = f"fetch it beforehand: hf download {source}" + (f" --revision {card.revision}" if card.revision else "")
+        remedy = f"fetch it beforehand: hf download {source}"
+        if card.revision:
+            remedy += f" --revision {card.revision}"
         if "FAIR" in card.licence:
             remedy += " (its owners must have granted access to your account: hf auth login)"
         yield note(f"{source} is fetched at the first start, several GB", remedy)
@@ -241,13 +245,16 @@ def _parity(world: World, folder: Path, manifest: Manifest, engine: str) -> Iter
         if (folder / REFERENCE_FOLDER).is_dir():
             yield note(told, "depth_node makes the parity check at its first start and refuses an engine that fails")
         else:
-            yield warn(f"{told}, and there are no reference answers beside it",
-                       "where the checkpoint runs: depthlm parity MODEL --record FOLDER; here: set reference")  # fmt: skip
+            yield warn(
+                f"{told}, and there are no reference answers beside it",
+                "where the checkpoint runs: depthlm parity MODEL --record FOLDER; here: set reference",
+            )
         return
     newest = records[-1]
     figures = ", ".join(f"{name} {value:.4g}" for name, value in newest.figures.items() if isinstance(value, float))
-    told = f"parity on this machine, {newest.date[:10]}, {newest.version}: {'passed' if newest.passed else 'FAILED'} ({figures})"
+    verdict = "passed" if newest.passed else "FAILED"
+    told = f"parity on this machine, {newest.date[:10]}, {newest.version}: {verdict} ({figures})"
     if newest.passed:
         yield ok(told)
     else:
-        yield fail(told, "export and build again with another precision or version; accept_unproven uses it all the same")
+        yield fail(told, "export and build again, with another precision or version of TensorRT; it is refused else")

@@ -18,8 +18,8 @@ class Finding:
     """One line of the page.
 
     Attributes:
-        status: OK; NOTE for what is good to know; WARN for what often leads to faults; FAIL for what keeps the node from
-            working.
+        status: OK; NOTE for what is good to know; WARN for what often leads to faults; FAIL for what keeps the node
+            from working.
         text: what was seen.
         remedy: what to do about it; never empty beside WARN and FAIL.
     """

@@ -56,12 +56,14 @@ def check_rclpy(world: World, child: Child) -> Iterable[Finding]:
         yield ok(f"{told}{f', rclpy {version}' if version else ''}, middleware {facts['rmw']}")
         asked = world.environment.get("RMW_IMPLEMENTATION", "")
         if asked and asked != facts["rmw"]:
-            yield warn(f"RMW_IMPLEMENTATION asks for {asked}, loaded is {facts['rmw']}", f"apt install ros-{distro or '$ROS_DISTRO'}-"
-                       f"{asked.replace('_', '-')}")  # fmt: skip
+            yield warn(
+                f"RMW_IMPLEMENTATION asks for {asked}, loaded is {facts['rmw']}",
+                f"sudo apt install ros-{distro or '$ROS_DISTRO'}-{asked.replace('_', '-')}",
+            )
         return
     fault = child.fault or "said nothing"
     if "No module named 'rclpy'" in fault:
-        remedy = "source /opt/ros/$ROS_DISTRO/setup.bash in this shell, or pip install 'depthlm_ros[ros]'; --no-ros skips this"
+        remedy = "source /opt/ros/$ROS_DISTRO/setup.bash in this shell, or pip install 'depthlm_ros[ros]'; or --no-ros"
     elif "_rclpy_pybind11" in fault or "No module named" in fault:
         remedy = (
             f"use the Python that this ROS was built for (this is {world.python[0]}.{world.python[1]}), in a virtual "
@@ -81,8 +83,10 @@ def check_variables(world: World) -> Iterable[Finding]:
     yield ok("variables: " + (", ".join(shown) or "none of ROS' or DDS' set, all at their defaults"))
     yield from _domain(env.get("ROS_DOMAIN_ID", ""))
     if env.get("ROS_LOCALHOST_ONLY", "") not in ("", "0"):
-        yield note("ROS_LOCALHOST_ONLY is set: nothing is heard from other machines, and newer settings are overruled",
-                   "unset it and use ROS_AUTOMATIC_DISCOVERY_RANGE=LOCALHOST, or SUBNET for other machines")  # fmt: skip
+        yield note(
+            "ROS_LOCALHOST_ONLY is set: nothing is heard from other machines, and newer settings are overruled",
+            "unset it and use ROS_AUTOMATIC_DISCOVERY_RANGE=LOCALHOST, or SUBNET for other machines",
+        )
     reach = env.get("ROS_AUTOMATIC_DISCOVERY_RANGE", "")
     if reach and reach not in RANGES:
         yield fail(f"ROS_AUTOMATIC_DISCOVERY_RANGE is {reach!r}", f"set one of {', '.join(RANGES)}")
@@ -94,7 +98,7 @@ def check_variables(world: World) -> Iterable[Finding]:
         yield note("a discovery server is used: nodes and tools need the same ROS_DISCOVERY_SERVER; tools also "
                    "ROS_SUPER_CLIENT=true")  # fmt: skip
     if not env.get("HOME") and not env.get("ROS_LOG_DIR"):
-        yield fail("neither HOME nor ROS_LOG_DIR is set, so rclpy does not start", "set ROS_LOG_DIR to a writable folder")
+        yield fail("neither HOME nor ROS_LOG_DIR is set, so rclpy does not start", "set ROS_LOG_DIR to a folder")
 
 
 def _domain(text: str) -> Iterable[Finding]:
@@ -130,8 +134,8 @@ def check_profiles(world: World, rmw: str) -> Iterable[Finding]:
         else:
             name = PROFILES[0] if _has_fast_dds_3(world.version("rclpy")) else PROFILES[1]
             yield note(
-                "depth_node takes its own Fast DDS profile for large messages; the camera driver's process needs it too, "
-                "since the writer's settings count",
+                "depth_node takes its own Fast DDS profile for large messages; the camera driver's process needs it "
+                "too, since the writer's settings count",
                 f"before starting the camera: export {name}={own}",
             )
     if "cyclonedds" in rmw or not rmw:
@@ -150,7 +154,8 @@ def _xml_file(name: str, path: Path) -> Iterable[Finding]:
     except (ElementTree.ParseError, OSError) as error:
         yield fail(f"{name} names {path}, which is no readable XML ({error})", "correct the file or unset the variable")
         return
-    sizes = [int(node.text) for node in tree.iter() if node.tag.endswith("segment_size") and (node.text or "").isdigit()]
+    texts = [node.text or "" for node in tree.iter() if node.tag.endswith("segment_size")]
+    sizes = [int(text) for text in texts if text.strip().isdigit()]
     if not sizes:
         yield note(
             f"{path} sets no segment_size: shared memory holds 0.5 MB and larger best-effort images are lost",
@@ -186,16 +191,14 @@ def _zenoh(world: World) -> Iterable[Finding]:
         path = world.environment.get(name, "")
         if path and not Path(path).is_file():
             yield fail(f"{name} names {path}, which doesn't exist", "correct the path or unset it")
-    running = [path for path in (world.root / "proc").glob("[0-9]*/comm") if world.text(_below(path, world)).startswith("rmw_zenohd")]
-    if running:
+    processes = (world.root / "proc").glob("[0-9]*/comm")
+    if any(world.text(str(path.relative_to(world.root))).startswith("rmw_zenohd") for path in processes):
         yield ok("a Zenoh router (rmw_zenohd) runs here")
     else:
-        yield warn("no Zenoh router runs here; without one, nodes don't find each other",
-                   "ros2 run rmw_zenoh_cpp rmw_zenohd, unless one runs on another machine that is configured")  # fmt: skip
-
-
-def _below(path: Path, world: World) -> str:
-    return str(path.relative_to(world.root))
+        yield warn(
+            "no Zenoh router runs here; without one, nodes don't find each other",
+            "ros2 run rmw_zenoh_cpp rmw_zenohd, unless one runs on another machine that is configured",
+        )
 
 
 def check_kernel(world: World, rmw: str) -> Iterable[Finding]:
@@ -209,7 +212,7 @@ def check_kernel(world: World, rmw: str) -> Iterable[Finding]:
         level = warn if "cyclonedds" in rmw or "connext" in rmw else note
         yield level(
             f"net.core.rmem_max is {received}: images from other machines over UDP get lost",
-            f"{where}echo 'net.core.rmem_max={RMEM_MAX}' | sudo tee /etc/sysctl.d/10-dds.conf && sudo sysctl --system",
+            f"{where}in /etc/sysctl.d/10-dds.conf, net.core.rmem_max={RMEM_MAX}, then sudo sysctl --system",
         )
     else:
         yield ok(f"net.core.rmem_max is {received}")
@@ -219,7 +222,8 @@ def check_kernel(world: World, rmw: str) -> Iterable[Finding]:
         yield note(
             f"net.ipv4.ipfrag_high_thresh is {high}, ipfrag_time {hold} s: on a lossy link, leftovers of broken images "
             "block new ones",
-            f"{where}set net.ipv4.ipfrag_high_thresh={IPFRAG_HIGH} and net.ipv4.ipfrag_time={IPFRAG_TIME_S} in the same file",
+            f"{where}in /etc/sysctl.d/10-dds.conf, net.ipv4.ipfrag_high_thresh={IPFRAG_HIGH} and "
+            f"net.ipv4.ipfrag_time={IPFRAG_TIME_S}, then sudo sysctl --system",
         )
     elif high is not None:
         yield ok(f"net.ipv4.ipfrag_high_thresh is {high}, ipfrag_time {hold} s")
@@ -234,12 +238,12 @@ def _shared_memory(world: World) -> list[Finding]:
     total, free = world.disk(folder)
     told = f"/dev/shm has {total / 1e6:.0f} MB, {free / 1e6:.0f} MB free"
     if total < SHM_LEAST:
-        return [warn(f"{told}: too little for images between several nodes",
-                     "in a container, --ipc host (or --shm-size 512m); else: sudo mount -o remount,size=1G /dev/shm")]  # fmt: skip
+        remedy = "in a container, --ipc host (or --shm-size 512m); else: sudo mount -o remount,size=1G /dev/shm"
+        return [warn(f"{told}: too little for images between several nodes", remedy)]
     left = len(list(folder.glob("fastdds_*")))
     if free < SHM_LEAST:
-        return [warn(f"{told}, {left} files of Fast DDS in it",
-                     "with all nodes stopped, remove what killed ones left: rm /dev/shm/fastdds_* /dev/shm/sem.fastdds_*")]  # fmt: skip
+        remedy = "with all nodes stopped, remove what killed ones left: rm /dev/shm/fastdds_* /dev/shm/sem.fastdds_*"
+        return [warn(f"{told}, {left} files of Fast DDS in it", remedy)]
     return [ok(told)]
 
 

@@ -31,8 +31,10 @@ def check_disk(world: World) -> Iterable[Finding]:
         while not folder.exists():
             folder = folder.parent
         if not os.access(folder, os.W_OK):
-            yield fail(f"{path}, for {what}, can't be written",
-                       "give this user the folder, or set HF_HOME, XDG_CACHE_HOME or ROS_LOG_DIR to another")  # fmt: skip
+            yield fail(
+                f"{path}, for {what}, can't be written",
+                "give this user the folder, or set HF_HOME, XDG_CACHE_HOME or ROS_LOG_DIR to another",
+            )
             continue
         total, free = world.disk(path)
         if free < wanted:

@@ -1,4 +1,4 @@
-"""Cameras that were heard: does our subscription match, does anything arrive, do image and CameraInfo belong together?"""
+"""Cameras that were heard: does our subscription match, does anything arrive, do image and CameraInfo go together?"""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from depthlm_ros.camera import Camera, camera_from_info
 from depthlm_ros.config import NODE_NAME
-from depthlm_ros.doctor.intrinsics import as_info, check_intrinsics
+from depthlm_ros.doctor.intrinsics import as_info, check_intrinsics, is_rectified_topic
 from depthlm_ros.doctor.listen import COMPRESSED, INFO
 from depthlm_ros.doctor.page import Finding, fail, note, ok, warn
 from depthlm_ros.doctor.world import Child
@@ -16,6 +16,8 @@ from depthlm_ros.topics import sibling_topic
 
 # A stamp that is older or newer than this isn't the time of this machine's clock (seconds).
 CLOCK_S = 1.0
+# CameraInfo is small and gets through; drivers publish it once an image.
+LOSS = 1.2
 # Raw images that fill a gigabit link.
 _BUSY_BYTES_S = 100e6
 
@@ -26,8 +28,10 @@ def check_listening(child: Child) -> Iterable[Finding]:
     """Whether listening worked, and who else is there."""
     facts = child.facts
     if child.code != 0 or facts is None:
-        yield fail(f"listening ended without a result: {child.fault or 'nothing was printed'}",
-                   "try ros2 topic list; if that fails too, the ROS installation or its variables are at fault")  # fmt: skip
+        yield fail(
+            f"listening ended without a result: {child.fault or 'nothing was printed'}",
+            "try ros2 topic list; if that fails too, the ROS installation or its variables are at fault",
+        )
         return
     nodes = facts["nodes"]
     ours = [name for name in nodes if name.rsplit("/", 1)[-1] == NODE_NAME]
@@ -84,7 +88,7 @@ def _image(topic: Topic, seconds: float) -> Iterable[Finding]:
         told, _, remedy = sentence.partition(". ")
         yield fail(told, remedy)
     if len(publishers) > 1:
-        yield warn(f"{name} has {len(publishers)} publishers: {offers}", "leave one; frames of two cameras would be mixed")
+        yield warn(f"{name} has {len(publishers)} publishers: {offers}", "leave one, or frames get mixed")
     if topic.get("fault"):
         yield fail(f"{name}: its messages can't be read ({topic['fault']})", "see the camera driver's log and encoding")
         return
@@ -110,11 +114,12 @@ def _image(topic: Topic, seconds: float) -> Iterable[Finding]:
 def _clock(topic: Topic) -> Iterable[Finding]:
     delay = topic["delay_s"]
     if delay is None:
-        yield warn(f"{topic['name']}: stamps are zero, so images and CameraInfo can't be paired", "let the driver stamp them")
+        yield warn(f"{topic['name']}: stamps are zero, so images and CameraInfo can't be paired",
+                   "let the driver stamp them")  # fmt: skip
     elif abs(delay) > CLOCK_S:
         yield note(
-            f"{topic['name']}: stamps are {abs(delay):.4g} s {'behind' if delay > 0 else 'ahead of'} this machine's clock",
-            "a recording or a simulator: use_sim_time:=true; a camera of another machine: synchronise the clocks (chrony)",
+            f"{topic['name']}: stamps are {abs(delay):.1f} s {'behind' if delay > 0 else 'ahead of'} this clock",
+            "a recording or a simulator: use_sim_time:=true; a camera on another machine: synchronise the clocks",
         )
 
 
@@ -131,12 +136,21 @@ def _info_of(topic: Topic, topics: Iterable[Topic], named: str) -> Iterable[Find
             told, _, remedy = sentence.partition(". ")
             yield fail(told, remedy)
         if not mismatch:
-            yield fail(f"no CameraInfo on {name}, so depth in metres is impossible for {topic['name']}",
-                       "publish one there, or name its topic: --camera-info here, -r camera_info:=TOPIC for depth_node")  # fmt: skip
+            yield fail(
+                f"no CameraInfo on {name}, so depth in metres is impossible for {topic['name']}",
+                "publish one there, or name its topic: --camera-info here, -r camera_info:=TOPIC for depth_node",
+            )
         return
     if info.get("fault"):
         yield fail(f"{name}: its messages can't be read ({info['fault']})", "correct the publisher")
         return
+    if topic["rate_hz"] and info["rate_hz"] and info["rate_hz"] > LOSS * topic["rate_hz"]:
+        yield warn(
+            f"{topic['name']} arrives at {topic['rate_hz']:.1f} Hz, its CameraInfo at {info['rate_hz']:.1f} Hz: images "
+            "are lost on the way",
+            "large messages need more shared memory where they are written: give the driver's process the Fast DDS "
+            "profile named above; between machines, take the compressed topic",
+        )
     paired = topic.get("paired", {}).get(name, 0)
     if topic["stamps"] > 1 and paired == 0:
         yield warn(
@@ -158,12 +172,14 @@ def camera_heard(facts: Mapping[str, Any] | None) -> Camera | None:
         for other in (facts or {})["topics"]:
             if other["name"] == name and other.get("info"):
                 try:
-                    return camera_from_info(as_info(other["info"]), (topic["width"], topic["height"]), False)
+                    size = (topic["width"], topic["height"])
+                    return camera_from_info(as_info(other["info"]), size, is_rectified_topic(topic["name"]))
                 except DepthLMError:
                     continue
     return None
 
 
 def _traffic(topic: Topic) -> str:
-    rate = f"{topic['rate_hz']:.1f} Hz" if topic["rate_hz"] else f"{topic['count']} message{'s' * (topic['count'] != 1)}"
+    count = topic["count"]
+    rate = f"{topic['rate_hz']:.1f} Hz" if topic["rate_hz"] else f"{count} message{'s' * (count != 1)}"
     return f"{rate}, {topic['bytes'] / 1e6:.2f} MB each" if topic["bytes"] > 1e4 else rate

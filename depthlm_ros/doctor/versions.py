@@ -70,7 +70,7 @@ FAULTS = (
 
 # What the wheel of Edge-LLM 0.11.0 holds libraries for (its variants.json); it takes exact matches only.
 EDGE_JETSON = {("8.7", "39.2"), ("11.0", "38.2"), ("11.0", "38.4"), ("11.0", "39.2")}
-EDGE_DESKTOP = {("Ubuntu 22.04", "8.0"), *(("Ubuntu 24.04", capability) for capability in ("8.0", "8.6", "10.0", "12.0"))}
+EDGE_DESKTOP = {("Ubuntu 22.04", "8.0"), *(("Ubuntu 24.04", each) for each in ("8.0", "8.6", "10.0", "12.0"))}
 EDGE_PYTHONS = ((3, 10), (3, 11), (3, 12))
 
 
@@ -141,10 +141,10 @@ def check_onnxruntime(world: World, child: Child, engine: str) -> Iterable[Findi
     installed = [name for name in ONNXRUNTIMES if world.version(name)]
     serious = fail if engine == "onnxruntime" else note
     if not installed:
-        told = "ONNX Runtime is not installed"
-        yield fail(told + ", engine onnxruntime needs it", "pip install onnxruntime") if engine == "onnxruntime" else ok(
-            told + "; only engine onnxruntime needs it"
-        )
+        if engine == "onnxruntime":
+            yield fail("ONNX Runtime is not installed, engine onnxruntime needs it", "pip install onnxruntime")
+        else:
+            yield ok("ONNX Runtime is not installed; only engine onnxruntime needs it")
         return
     if len(installed) > 1:
         yield warn(f"{' and '.join(installed)} are both installed, each over the other's files",
@@ -218,7 +218,7 @@ def check_edge_llm(world: World, child: Child | None, engine: str) -> Iterable[F
         else:
             yield (fail if wanted else warn)(
                 f"TensorRT Edge-LLM {version} does not load: {child.fault}",
-                "unset EDGELLM_PLUGIN_PATH, which the wheel sets itself; install the TensorRT that it was qualified with",
+                "unset EDGELLM_PLUGIN_PATH, which the wheel sets itself, and install the TensorRT that it wants, 10.16",
             )
 
 
@@ -258,7 +258,7 @@ def check_cv_bridge(fault: str | None, numpy: str) -> Iterable[Finding]:
         yield note(f"cv_bridge does not work here: {fault}", "depth_node does without it; other nodes may not")
     else:
         yield warn(
-            f"cv_bridge was built for NumPy 1 and breaks beside NumPy {numpy} (ros-perception/vision_opencv #535): {fault}",
+            f"cv_bridge breaks beside NumPy {numpy}, as builds for NumPy 1 do: {fault}",
             "depth_node does without it; run nodes that need it outside of this environment, with the system's Python",
         )
 
