@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from depthlm_ros import cli_bag, cli_parity, cli_tasks, cli_train, config
+from depthlm_ros import cli_bag, cli_build, cli_doctor, cli_parity, cli_tasks, cli_train, config
 from depthlm_ros.bench import command as bench
 from depthlm_ros.cli_inputs import (
     add_answer_kind_argument,
@@ -69,7 +69,9 @@ def build_parser() -> argparse.ArgumentParser:
     bench.add_command(commands)
     cli_bag.add_commands(commands)
     cli_train.add_commands(commands)
+    cli_build.add_command(commands)
     cli_parity.add_command(commands)
+    cli_doctor.add_command(commands)
     return parser
 
 
