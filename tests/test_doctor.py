@@ -84,7 +84,7 @@ def test_orin_on_jetpack_6(tmp_path: Path) -> None:
     assert "Edge-LLM has no build" in one(hardware.check_jetson(world), "JetPack 6:").text
     trt = one(versions.check_tensorrt(world, "tensorrt"), "10.3.0.30")
     assert trt.status == WARN and "ros2-depth-anything-v3-trt #16" in trt.text and "10.16" in trt.remedy
-    edge = one(versions.check_edge_llm(world, None, "edge_llm"), "no libraries for this machine")
+    edge = one(versions.check_edge_llm(world, None, "edge_llm"), "no runtime for this machine")
     assert edge.status == FAIL and "JetPack 7.2" in edge.text and "R36.4" in edge.text
     assert "8B in float16" in one(hardware.check_memory(world), "largest that fits").text
 
@@ -177,29 +177,30 @@ def test_torch_on_a_gpu(tmp_path: Path) -> None:
             "capability": "9.0", "product": 64.0**3}  # fmt: skip
 
     def check(**changes: Any) -> Finding:
-        return told(hardware.check_torch(world, answer(**{**good, **changes}), needed=True))[0]
+        engine = changes.pop("engine", "transformers")
+        return told(hardware.check_torch(world, answer(**{**good, **changes}), engine))[0]
 
     assert check().status == OK and "sm_90" in check().text
-    assert check(cuda=None, architectures=[]).status == FAIL
-    assert "computes" not in check(usable=False).text and check(usable=False).status == FAIL
+    for engine, status in (("transformers", WARN), ("tensorrt", FAIL), ("openai", NOTE)):
+        assert check(cuda=None, architectures=[], engine=engine).status == status
+        assert check(usable=False, engine=engine).status == status
     wrong = check(error="CUDA error: no kernel image is available for execution on the device")
     assert wrong.status == FAIL and "no kernel image" in wrong.text
     assert check(product=0.0).status == FAIL
     assert check(architectures=["sm_80", "compute_80"]).status == NOTE
     assert check(architectures=["sm_75"]).status == WARN
-    crashed = told(hardware.check_torch(world, Child(-signal.SIGSEGV, err=""), needed=True))[0]
+    crashed = told(hardware.check_torch(world, Child(-signal.SIGSEGV, err=""), "transformers"))[0]
     assert crashed.status == FAIL and "killed by signal 11" in crashed.text
-    slow = told(hardware.check_torch(world, Child(None), needed=False))[0]
-    assert slow.status == WARN and "didn't end in time" in slow.text
+    slow = told(hardware.check_torch(world, Child(None), "onnxruntime"))[0]
+    assert slow.status == NOTE and "didn't end in time" in slow.text
 
 
-def test_torch_is_no_failure_where_another_engine_runs(tmp_path: Path) -> None:
+def test_torch_is_no_failure_where_it_is_not_used(tmp_path: Path) -> None:
     device = desktop(tmp_path, "NVIDIA H200", "9.0")
     del device.versions["torch"]
-    for needed, status in ((True, FAIL), (False, WARN)):
-        assert told(hardware.check_torch(device.world(), Child(1), needed))[0].status == status
-    assert one(versions.check_packages(device.world(), "transformers"), "torch is not installed").status == FAIL
-    assert one(versions.check_packages(device.world(), "tensorrt"), "torch is not installed").status == NOTE
+    for engine, status in (("transformers", FAIL), ("tensorrt", FAIL), ("edge_llm", FAIL), ("onnxruntime", NOTE)):
+        assert told(hardware.check_torch(device.world(), Child(1), engine))[0].status == status
+        assert one(versions.check_packages(device.world(), engine), "torch is not installed").status == status
 
 
 def test_packages_too_old_or_twice(tmp_path: Path) -> None:
@@ -235,9 +236,14 @@ def test_edge_llm_loads(tmp_path: Path) -> None:
     device.commands = {"llm_build", "visual_build", "llm_inference"}
     assert worst(versions.check_edge_llm(device.world(), answer(tensorrt="10.16.2.10"), "edge_llm")) == OK
     preset = Child(1, err="Traceback\nNativeLoadError: EDGELLM_PLUGIN_PATH is set")
+    findings = told(versions.check_edge_llm(device.world(), preset, "edge_llm"))
+    # The program takes over, slowly; without it nothing is left.
+    assert [f.status for f in findings] == [WARN, NOTE] and "for every frame" in findings[1].text
+    device.commands = {"llm_build"}
     assert one(versions.check_edge_llm(device.world(), preset, "edge_llm"), "NativeLoadError").status == FAIL
-    device.commands.remove("visual_build")
-    assert one(versions.check_edge_llm(device.world(), answer(), "edge_llm"), "visual_build of").status == FAIL
+    assert one(versions.check_edge_llm(device.world(), preset, "edge_llm"), "visual_build can't").status == NOTE
+    device.versions.pop("tensorrt-edgellm")
+    assert one(versions.check_edge_llm(device.world(), None, "edge_llm"), "is not installed").status == FAIL
 
 
 @pytest.mark.parametrize(
@@ -520,7 +526,8 @@ def export(folder: Path, device: Device, **changes: Any) -> Path:
     manifest = Manifest(**{
         "target": "onnx", "model": "demo", "source": "demo", "source_sha256": {}, "made": "2026-11-21T12:00:00+00:00",
         "versions": {"onnx": "1.19"}, "precision": "float32", "dialects": ("dense",), "focal_px": 200.0,
-        "policy": "exact", "image": {"width": 224, "height": 160}, "files": {"model.onnx": sha256_of(folder / "model.onnx")}, **changes,
+        "policy": "exact", "image": {"width": 224, "height": 160},
+        "files": {"model.onnx": sha256_of(folder / "model.onnx")}, **changes,
     })  # fmt: skip
     write_manifest(folder, manifest)
     return folder
@@ -548,6 +555,19 @@ def test_exports(tmp_path: Path) -> None:
     assert one(check(good), "lacks model.onnx").status == FAIL
     (good / "engine.json").write_text("{")
     assert one(check(good), "can't be read").status == FAIL
+
+
+def test_edge_llm_exports_need_their_engines(tmp_path: Path) -> None:
+    device = jetson(tmp_path, THOR, "tegra264", "39.2.0", "10.16.2.10", 128)
+    folder = export(tmp_path / "edge", device, target="edge-llm")
+
+    def check() -> list[Finding]:
+        return told(model.check_model(device.world(), str(folder), "edge_llm", None))
+
+    assert "build_on_device.sh" in one(check(), "has no llm.engine and no visual/visual.engine").remedy
+    for name in ("llm.engine", "visual/visual.engine"):
+        device.file(f"edge/engines/{name}", "plan")
+    assert not [finding for finding in check() if "engines" in finding.text and finding.status == FAIL]
 
 
 def test_parity_records_count_where_they_were_made(tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ def examine(options: Options, world: World | None = None) -> Page:
                     ("the GPU", lambda: hardware.check_gpu(world)),
                     ("the Jetson", lambda: hardware.check_jetson(world)),
                     ("the memory", lambda: hardware.check_memory(world)),
-                    ("PyTorch", lambda: hardware.check_torch(world, torch.result(), _on_torch(options.engine))),
+                    ("PyTorch", lambda: hardware.check_torch(world, torch.result(), options.engine)),
                 ],
             ),
             section(
@@ -116,7 +116,3 @@ def _ros_sections(world: World, options: Options, probe: Child, heard: Child | N
     if facts is not None:
         checks.append(("the topics", lambda: topics.check_topics(facts, options.seconds)))
     return [own, section(f"Cameras (heard for {options.seconds:g} s)", checks)]
-
-
-def _on_torch(engine: str) -> bool:
-    return engine in versions.TORCH_ENGINES

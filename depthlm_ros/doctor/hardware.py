@@ -154,17 +154,17 @@ def probe_torch(world: World) -> Child:
     return world.child(["-c", TORCH_PROBE])
 
 
-def check_torch(world: World, child: Child, needed: bool) -> Iterable[Finding]:
+def check_torch(world: World, child: Child, engine: str) -> Iterable[Finding]:
     """Whether PyTorch imports and its CUDA build has code for this GPU.
 
     Args:
         world: the machine.
         child: of `probe_torch`.
-        needed: whether the engine runs on PyTorch.
+        engine: that shall run. Only onnxruntime does without PyTorch, transformers and tensorrt want it on the GPU.
     """
-    serious = fail if needed else warn
+    serious = note if engine == "onnxruntime" else fail
     if not world.version("torch"):
-        yield serious("PyTorch is not installed", 'pip install "torch>=2.11" (engine transformers needs it)')
+        yield serious("PyTorch is not installed; only engine onnxruntime does without", 'pip install "torch>=2.11"')
         return
     facts = child.facts
     if child.code != 0 or facts is None:
@@ -173,10 +173,12 @@ def check_torch(world: World, child: Child, needed: bool) -> Iterable[Finding]:
             "install it again, from the index for this machine: https://pytorch.org/get-started/locally",
         )
         return
-    yield from _torch_on_gpu(world, facts, serious)
+    yield from _torch_on_gpu(world, facts, engine)
 
 
-def _torch_on_gpu(world: World, facts: dict[str, Any], serious: Any) -> Iterable[Finding]:
+def _torch_on_gpu(world: World, facts: dict[str, Any], engine: str) -> Iterable[Finding]:
+    unused = {"transformers": warn, "tensorrt": fail}.get(engine, note)
+    broken = fail if engine in ("transformers", "tensorrt") else note
     capability = facts.get("capability") or world.machine.compute_capability
     told = f"PyTorch {facts.get('version')}"
     remedy = _torch_remedy(capability)
@@ -184,18 +186,18 @@ def _torch_on_gpu(world: World, facts: dict[str, Any], serious: Any) -> Iterable
         yield ok(told + (f", built for CUDA {facts['cuda']}" if facts.get("cuda") else ", built for the CPU"))
         return
     if not facts.get("cuda"):
-        yield serious(f"{told} is built for the CPU, so it leaves the GPU unused", remedy)
+        yield unused(f"{told} is built for the CPU, so it leaves the GPU unused", remedy)
         return
     architectures = facts.get("architectures") or []
     if not facts.get("usable"):
-        yield serious(
+        yield unused(
             f"{told} (CUDA {facts['cuda']}) can't use the GPU",
             "look whether nvidia-smi works and whether its driver is new enough for that CUDA; in a container, start "
             "it with --runtime nvidia --gpus all",
         )
         return
     if facts.get("error") or facts.get("product") != _PRODUCT:
-        yield serious(
+        yield broken(
             f"{told} can't compute on the GPU: {facts.get('error') or 'a product of matrices came out wrong'}", remedy
         )
         return
@@ -244,8 +246,8 @@ def _torch_remedy(capability: str) -> str:
         return "pip install torch --index-url https://download.pytorch.org/whl/cu130 (wheels for aarch64 and Thor)"
     if capability == ORIN:
         return (
-            "PyTorch's own wheels have no code for Orin: take one built for your JetPack (NVIDIA's PyTorch for Jetson "
-            "pages name them), or use engine tensorrt or onnxruntime"
+            "PyTorch's own wheels have no code for Orin: take one that was built for this JetPack "
+            "(config/containers/jetson_orin.Dockerfile names a source), or use engine onnxruntime on device cpu"
         )
     return "install a CUDA build for this GPU: https://pytorch.org/get-started/locally"
 

@@ -180,8 +180,22 @@ def check_export(
     yield from _refusal(check_card, manifest, card.focal_px, card.policy)
     if manifest.built is None and engine == "tensorrt":
         yield fail("no TensorRT plan was built yet", f"build it on this machine: depthlm build {folder}")
+    if engine == "edge_llm":
+        yield from _edge_engines(folder)
     yield from _camera(manifest, camera)
     yield from _parity(world, folder, manifest, engine)
+
+
+def _edge_engines(folder: Path) -> Iterable[Finding]:
+    engines = folder / "engines"
+    missing = [name for name in ("llm.engine", "visual/visual.engine") if not (engines / name).is_file()]
+    if missing:
+        yield fail(f"{engines} has no {' and no '.join(missing)}",
+                   f"build them on this machine: {folder / 'build_on_device.sh'}")  # fmt: skip
+        return
+    from depthlm_ros.engines.edge_llm_engine import check_place
+
+    yield from _refusal(check_place, engines)
 
 
 def _files(folder: Path, manifest: Manifest) -> Iterable[Finding]:

@@ -15,8 +15,12 @@ from depthlm_ros.doctor.world import Child, World
 from depthlm_ros.engines import REQUIRED
 from depthlm_ros.machine import THOR, Machine
 
-TORCH_ENGINES = ("transformers", "openai")
-"""Engines that this package runs with PyTorch in its own process."""
+# What each engine imports of the two, at the least; transformers and openai check their versions too.
+NEEDS = {
+    "transformers": ("torch", "transformers"), "openai": ("torch", "transformers"), "tensorrt": ("torch",),
+    "tensorrt_llm": ("torch", "transformers"), "edge_llm": ("torch", "transformers"), "onnxruntime": (),
+}  # fmt: skip
+CHECKED = ("transformers", "openai")
 
 PACKAGES = ("torch", "transformers", "numpy", "opencv-python-headless", "pillow", "safetensors", "rosbags")
 OPENCV = ("opencv-python-headless", "opencv-python", "opencv-contrib-python")
@@ -93,8 +97,9 @@ def check_packages(world: World, engine: str) -> Iterable[Finding]:
         if seen[name] and _release(seen[name]) >= _release(oldest):
             continue
         state = f"{seen[name]} is too old" if seen[name] else "is not installed"
-        serious = fail if engine in TORCH_ENGINES else note
-        yield serious(f"{name} {state}; engines transformers and openai need it", f'pip install "{name}>={oldest}"')
+        serious = fail if name in NEEDS[engine] and (engine in CHECKED or not seen[name]) else note
+        users = ", ".join(user for user, needs in NEEDS.items() if name in needs)
+        yield serious(f"{name} {state} (engines {users} use it)", f'pip install "{name}>={oldest}"')
 
 
 def check_tensorrt(world: World, engine: str) -> Iterable[Finding]:
@@ -190,36 +195,38 @@ def check_edge_llm(world: World, child: Child | None, engine: str) -> Iterable[F
     """
     version = world.version("tensorrt-edgellm")
     wanted = engine == "edge_llm"
-    if not version and not wanted and not world.machine.is_jetson:
+    program = world.commands("llm_inference") or world.environment.get("LLM_INFERENCE", "")
+    if not version and not wanted and not program and not world.machine.is_jetson:
         return
-    match = edge_llm_mismatch(world.machine, world.system, world.python)
-    if match:
-        yield (fail if wanted and not world.commands("llm_inference") else note)(
-            f"TensorRT Edge-LLM 0.11's wheel has no libraries for this machine: {match}",
-            "build Edge-LLM from source here, flash JetPack 7.2, or ask another machine's server with engine openai",
+    mismatch = edge_llm_mismatch(world.machine, world.system, world.python)
+    loads = bool(version) and child is not None and child.code == 0
+    if loads:
+        yield ok(f"TensorRT Edge-LLM {version} loads its runtime")
+    elif version and not mismatch:
+        yield (fail if wanted and not program else warn)(
+            f"TensorRT Edge-LLM {version} does not load: {child.fault if child else 'not tried'}",
+            "unset EDGELLM_PLUGIN_PATH, which the wheel sets itself, and install the TensorRT that it wants, 10.16",
         )
-    tools = [name for name in ("llm_build", "visual_build", "llm_inference") if world.commands(name)]
-    if wanted and len(tools) < 3:
-        missing = [name for name in ("llm_build", "visual_build", "llm_inference") if name not in tools]
-        yield fail(
-            f"{', '.join(missing)} of TensorRT Edge-LLM can't be found on PATH, engine edge_llm needs them",
-            "they are not in the wheel: build them from NVIDIA/TensorRT-Edge-LLM here and add their folder to PATH",
+    if mismatch:
+        yield (fail if wanted and not program else note)(
+            f"TensorRT Edge-LLM 0.11's wheel has no runtime for this machine: {mismatch}",
+            "build Edge-LLM's programs from source here, flash JetPack 7.2, or ask another machine's server with "
+            "engine openai",
         )
-    elif tools:
-        yield ok(f"Edge-LLM's tools are on PATH: {', '.join(tools)}")
-    if not version:
-        yield (note if not wanted or tools else fail)(
-            "the wheel of TensorRT Edge-LLM is not installed",
-            "for its server: pip install 'tensorrt-edgellm[server]' and the TensorRT that it was qualified with, 10.16",
+    elif not version:
+        yield (fail if wanted and not program else note)(
+            "the wheel of TensorRT Edge-LLM is not installed; it answers in this process and serves models",
+            'pip install "tensorrt-edgellm==0.11.0" beside TensorRT 10.16 (its server: "tensorrt-edgellm[server]")',
         )
-    elif child is not None and not match:
-        if child.code == 0:
-            yield ok(f"TensorRT Edge-LLM {version} loads its libraries")
-        else:
-            yield (fail if wanted else warn)(
-                f"TensorRT Edge-LLM {version} does not load: {child.fault}",
-                "unset EDGELLM_PLUGIN_PATH, which the wheel sets itself, and install the TensorRT that it wants, 10.16",
-            )
+    if program and wanted and not loads:
+        yield note(f"engine edge_llm will run {program}, which loads the model for every frame",
+                   "for a live camera, install the wheel or use engine openai with tensorrt-edgellm-serve")  # fmt: skip
+    missing = [name for name in ("llm_build", "visual_build") if not world.commands(name)]
+    if wanted and missing:
+        yield note(
+            f"{' and '.join(missing)} can't be found on PATH; building an export's engines needs them, once",
+            "they are in no wheel: build NVIDIA/TensorRT-Edge-LLM here, or set LLM_BUILD and VISUAL_BUILD",
+        )
 
 
 def edge_llm_mismatch(machine: Machine, system: str, python: tuple[int, int]) -> str:
