@@ -57,6 +57,7 @@ class FaultServer:
         most: questions it has room for, the next gets a 429; None for any number.
         requests: what it was asked, in order: the JSON of each question.
         prompts: the text of each.
+        said: the answer to each.
         busiest: most questions that were under way at once.
         pages: GETs that were asked.
     """
@@ -72,6 +73,7 @@ class FaultServer:
         self.most: int | None = None
         self.requests: list[dict] = []
         self.prompts: list[str] = []
+        self.said: list[str] = []
         self.pages: list[str] = []
         self.under_way = self.busiest = 0
         self.lock = threading.Lock()
@@ -231,12 +233,14 @@ class _Handler(BaseHTTPRequestHandler):
         except _Refuse as error:
             self._json(error.status, self._error(error.status, str(error)))
             return
+        said = side.say(images, text, guide)
         with side.lock:
             side.requests.append(asked)
             side.prompts.append(text)
+            side.said.append(said)
         if side.delay_s and not self._rest(side.delay_s):
             return
-        self._json(200, self._completion(side.say(images, text, guide), asked))
+        self._json(200, self._completion(said, asked))
 
     def _completion(self, said: str, asked: dict) -> dict:
         side = self.server_side
