@@ -165,8 +165,8 @@ class _Files:
         """Path of an image's file."""
         if id(image) not in self._paths:
             path = self._folder / f"{len(self._paths)}.png"
-            # Read again a moment later: a quick pass beats a small file.
-            if not cv2.imwrite(str(path), image[..., ::-1], [cv2.IMWRITE_PNG_COMPRESSION, 1]):
+            # The program decodes it anew for every question, so it isn't compressed at all.
+            if not cv2.imwrite(str(path), image[..., ::-1], [cv2.IMWRITE_PNG_COMPRESSION, 0]):
                 raise EngineError(f"an image of shape {image.shape} can't be written to {path}; is the disk full?")
             self._paths[id(image)] = str(path)
         return self._paths[id(image)]

@@ -129,20 +129,8 @@ class NativeBackend:
 
     def _answer(self, asks: Sequence[Ask], encoded: dict[int, bytes]) -> list[Reply]:
         rt = self._rt
-        request = rt.LLMGenerationRequest()
-        request.requests = [self._request(ask, encoded) for ask in asks]
-        # The likeliest token; logprobs are those of temperature 1 whatever is asked.
-        request.temperature, request.top_p, request.top_k = 1.0, 1.0, 1
-        request.max_generate_length = max(ask.max_new_tokens for ask in asks)
-        request.apply_chat_template = True
-        request.add_generation_prompt = True
-        request.enable_thinking = False
-        request.num_logprobs = LOGPROBS
-        lookup, commit = rt.ContextCacheLookupPolicy, rt.ContextCacheCommitPolicy
-        request.context_cache_lookup_policy = lookup.USE_CACHE if self._reuse else lookup.BYPASS
-        request.context_cache_commit_policy = commit.PREFILL_STATE_ONLY
         try:
-            response = self._runtime.handle_request(request)
+            response = self._runtime.handle_request(self._requests(asks, encoded))
         except (RuntimeError, ValueError) as error:
             raise EngineError(f"TensorRT Edge-LLM failed: {error}") from error
         texts, reasons = list(response.output_texts), list(response.finish_reasons)
@@ -154,6 +142,21 @@ class NativeBackend:
                 raise EngineError(f"TensorRT Edge-LLM couldn't answer: {reason}, {text[:200]!r}")
         told = list(response.logprobs) or [()] * len(asks)
         return [_reply(text, steps) for text, steps in zip(texts, told, strict=True)]
+
+    def _requests(self, asks: Sequence[Ask], encoded: dict[int, bytes]) -> Any:
+        request = self._rt.LLMGenerationRequest()
+        request.requests = [self._request(ask, encoded) for ask in asks]
+        # The likeliest token; logprobs are those of temperature 1 whatever is asked.
+        request.temperature, request.top_p, request.top_k = 1.0, 1.0, 1
+        request.max_generate_length = max(ask.max_new_tokens for ask in asks)
+        request.apply_chat_template = True
+        request.add_generation_prompt = True
+        request.enable_thinking = False
+        request.num_logprobs = LOGPROBS
+        lookup, commit = self._rt.ContextCacheLookupPolicy, self._rt.ContextCacheCommitPolicy
+        request.context_cache_lookup_policy = lookup.USE_CACHE if self._reuse else lookup.BYPASS
+        request.context_cache_commit_policy = commit.PREFILL_STATE_ONLY
+        return request
 
     def _request(self, ask: Ask, encoded: dict[int, bytes]) -> Any:
         rt = self._rt
@@ -188,7 +191,8 @@ def _reply(text: str, steps: Sequence[Any]) -> Reply:
 
 
 def _png(image: np.ndarray) -> bytes:
-    done, encoded = cv2.imencode(".png", image[..., ::-1], [cv2.IMWRITE_PNG_COMPRESSION, 1])
+    # Decoded anew for every question, so it isn't compressed at all.
+    done, encoded = cv2.imencode(".png", image[..., ::-1], [cv2.IMWRITE_PNG_COMPRESSION, 0])
     if not done:
         raise EngineError(f"an image of shape {image.shape} can't be encoded")
     return encoded.tobytes()

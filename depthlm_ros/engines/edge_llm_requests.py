@@ -201,7 +201,7 @@ def _request(ask: Ask, place: Callable[[np.ndarray], str], system: str | None) -
 
 
 def _reply(response: Mapping[str, Any], index: int) -> Reply:
-    text, reason = response.get("output_text"), str(response.get("finish_reason", ""))
+    text, reason = response.get("output_text"), str(response.get("finish_reason") or "")
     if not isinstance(text, str) or reason in FAILED:
         raise EngineError(
             f"llm_inference couldn't answer request {index}: finish_reason {reason!r}, {str(text)[:200]!r}; its log "
