@@ -17,6 +17,7 @@ from onnx import TensorProto, numpy_helper
 from onnx.reference import ReferenceEvaluator
 from test_dpt_head import dpt_checkpoint
 
+from depthlm_ros import onnx_precision
 from depthlm_ros.camera import Camera, Distortion
 from depthlm_ros.cards import load_card
 from depthlm_ros.engines.graph_engine import GRAPH_FILE, INPUT, OUTPUT
@@ -151,6 +152,21 @@ def test_a_lens_with_distortion_has_its_own_view(tmp_path):
     lens = replace(FAR, distortion=Distortion("plumb_bob", (-0.3, 0.1, 0.0, 0.0, 0.0)))
     manifest = exported(folder, tmp_path / "onnx", lens, policy="exact")
     assert manifest.camera["distortion"] == {"model": "plumb_bob", "coefficients": [-0.3, 0.1, 0.0, 0.0, 0.0]}
+
+
+def test_weights_that_a_protobuf_can_not_hold_lie_beside_the_graph(tmp_path, monkeypatch):
+    folder = make_checkpoint(tmp_path / "checkpoint")
+    monkeypatch.setattr(onnx_export, "_EMBEDDED_BYTES", 100_000)
+    exported(folder, tmp_path / "onnx", FAR, policy="exact")
+    graph, data = (tmp_path / "onnx" / name for name in (GRAPH_FILE, f"{GRAPH_FILE}.data"))
+    assert graph.stat().st_size < data.stat().st_size
+    image = smooth_noise(128, 160)
+    exact = run(graph, image)
+    monkeypatch.setattr(onnx_precision, "_EMBEDDED_BYTES", 100_000)
+    before = data.stat().st_size
+    lower_precision(graph, graph, "float16")
+    assert 0.4 * before < data.stat().st_size < 0.7 * before
+    np.testing.assert_allclose(np.median(run(graph, image) / exact), 1, atol=0.01)
 
 
 # ---------------------------------------------------------------- fewer bits

@@ -9,6 +9,7 @@ from PIL import Image
 
 pytest.importorskip("torch")
 
+from depthlm_ros.engines import resampling  # noqa: E402
 from depthlm_ros.engines.resampling import resize_bicubic  # noqa: E402
 
 
@@ -59,3 +60,16 @@ def test_the_image_may_be_read_only_or_strided_and_is_left_alone():
     window.flags.writeable = False
     assert (resize_bicubic(window, (0.4, 0.4), (128, 96)) == expected).all()
     assert (wide == before).all()
+
+
+@pytest.mark.parametrize(
+    ("scale", "size"), [(0.3676, (118, 89)), (0.4, (128, 96)), (1.6, (512, 384)), (1 / 0.9, (356, 267))]
+)
+def test_without_torch_pillow_makes_the_same(monkeypatch, scale, size):
+    image = picture()
+    expected = resize_bicubic(image, (scale, scale), size)
+    monkeypatch.setattr(resampling, "torch", None)
+    made = resize_bicubic(image, (scale, scale), size)
+    difference = np.abs(made.astype(int) - expected)
+    assert made.shape == expected.shape
+    assert difference.max() <= 2 and (difference > 0).mean() < 0.02

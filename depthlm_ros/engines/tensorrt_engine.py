@@ -87,9 +87,11 @@ class PlanRunner:
                     f"TensorRT has no memory for {plan}: {told(self._logger)}; end other programs, or export for a "
                     "smaller camera"
                 )
+            on_gpu = self._device.type == "cuda"
+            self._host = torch.empty((height, width, 3), dtype=torch.uint8, pin_memory=on_gpu)
             self._image = torch.empty((height, width, 3), dtype=torch.uint8, device=device)
             self._depth = torch.empty((height, width), dtype=torch.float32, device=device)
-            self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
+            self._stream = torch.cuda.Stream(self._device) if on_gpu else None
             for name, buffer in ((INPUT, self._image), (OUTPUT, self._depth)):
                 if not self._context.set_tensor_address(name, buffer.data_ptr()):
                     raise EngineError(f"TensorRT refuses the buffer of {name!r}: {told(self._logger)}")
@@ -98,7 +100,8 @@ class PlanRunner:
         """See `Runner`."""
         torch = self._torch
         with self._on_device(), torch.cuda.stream(self._stream):
-            self._image.copy_(torch.from_numpy(image))
+            np.copyto(self._host.numpy(), image)
+            self._image.copy_(self._host, non_blocking=True)
             # A frame that isn't computed must not show the one before it.
             self._depth.fill_(float("nan"))
             handle = 0 if self._stream is None else self._stream.cuda_stream
@@ -112,7 +115,7 @@ class PlanRunner:
 
     def close(self) -> None:
         """Gives back the buffers and the engine."""
-        self._context = self._engine = self._runtime = self._image = self._depth = None
+        self._context = self._engine = self._runtime = self._host = self._image = self._depth = None
 
     def _on_device(self) -> Any:
         return self._torch.cuda.device(self._device if self._device.type == "cuda" else -1)
