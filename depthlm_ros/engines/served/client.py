@@ -110,7 +110,7 @@ class Client:
 
     def get(self, path: str, timeout_s: float) -> Response:
         """Asks for a page; raises as `post`."""
-        return self._send("GET", path, None, time.monotonic() + timeout_s, self._cuts)
+        return self._ask("GET", path, None, time.monotonic() + timeout_s)
 
     def post(self, path: str, body: bytes, limit: float) -> Response:
         """Sends JSON and waits for the whole answer.
@@ -123,14 +123,7 @@ class Client:
         Raises:
             Refused, TimedOut, Broken: what went wrong; the message is for a person.
         """
-        cuts = self._cuts
-        try:
-            return self._send("POST", path, body, limit, cuts)
-        except Refused:
-            if self._cuts != cuts:
-                raise
-        # A kept connection may have been closed just then; a new one tells.
-        return self._send("POST", path, body, limit, cuts)
+        return self._ask("POST", path, body, limit)
 
     def cut(self) -> None:
         """Breaks every connection off, so that requests under way end at once, here and in the server."""
@@ -150,6 +143,16 @@ class Client:
         """What the server said, shortened, in one line, without the key."""
         text = " ".join(self._key.hide(said).split())
         return text if len(text) <= _QUOTED else text[:_QUOTED] + " ..."
+
+    def _ask(self, method: str, path: str, body: bytes | None, limit: float) -> Response:
+        cuts = self._cuts
+        try:
+            return self._send(method, path, body, limit, cuts)
+        except Refused:
+            if self._cuts != cuts:
+                raise
+        # A kept connection may have been closed just then; a new one tells.
+        return self._send(method, path, body, limit, cuts)
 
     def _send(self, method: str, path: str, body: bytes | None, limit: float, cuts: int) -> Response:
         httpx, left = self._httpx, limit - time.monotonic()

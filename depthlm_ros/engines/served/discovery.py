@@ -102,7 +102,10 @@ def discover(client: Client, wish: Wish, timeout_s: float | None = None) -> Peer
     if listed.status in (401, 403):
         raise Unusable(f"{_told(client, listed)}: it wants a key, or another one")
     if listed.status not in (200, 404, 405):
-        raise Unusable(_told(client, listed))
+        # transformers serve lists what lies in the hub's cache, and fails where there is no such folder.
+        health = _page(client, "/health")
+        if health is None or health.status != 200:
+            raise Unusable(_told(client, listed))
     cards = _cards(listed)
     dialect, health = _identify(client, wish.dialect, cards)
     version = _version(client)
