@@ -48,6 +48,24 @@ def as_transformers_5_saves(folder):
     return folder
 
 
+def write_card(folder, dialects):
+    card = {
+        "name": "small",
+        "source": "small",
+        "licence": "mit",
+        "commercial_use": True,
+        "architecture": "qwen3_vl",
+        "dialects": dialects,
+        "default_dialect": dialects[0],
+        "focal_px": 140.0,
+        "policy": "exact",
+        "depth_kind": "z",
+        "max_new_tokens": 8,
+        "description": "small",
+    }
+    (folder / "depthlm_card.yaml").write_text(yaml.safe_dump(card))
+
+
 @pytest.fixture(params=ARCHITECTURES)
 def folder(request, tmp_path):
     return as_transformers_5_saves(make_checkpoint(tmp_path / "small", request.param, dense_head=False))
@@ -140,16 +158,13 @@ def test_weights_in_the_right_format_are_linked(qwen3_vl_checkpoint, tmp_path, o
 def test_the_depth_head_stays_behind(qwen3_vl_checkpoint, out, tmp_path):
     source = tmp_path / "with_head"
     shutil.copytree(qwen3_vl_checkpoint, source)
-    card = {"name": "both", "source": "both", "licence": "mit", "commercial_use": True, "architecture": "qwen3_vl",
-            "dialects": ["dense", "coordinates"], "default_dialect": "dense", "focal_px": 140.0, "policy": "exact",
-            "depth_kind": "z", "max_new_tokens": 16, "description": "small"}  # fmt: skip
-    (source / "depthlm_card.yaml").write_text(yaml.safe_dump(card))
+    write_card(source, ["dense", "coordinates"])
     manifest = export(source, out)
     assert manifest.dialects == ("coordinates",)
     assert not any(name.startswith("depth_head") for name in names(out))
     assert "depth_head" not in (out / "config.json").read_text()
     assert any("depth head (6 weights) was left out" in note for note in manifest.extra["notes"])
-    (source / "depthlm_card.yaml").write_text(yaml.safe_dump({**card, "dialects": ["dense"]}))
+    write_card(source, ["dense"])
     shutil.rmtree(out)
     out.mkdir()
     with pytest.raises(DialectError, match="maps only.*onnx"):
@@ -317,6 +332,7 @@ def test_an_export_runs_in_the_recorded_api_and_passes_its_own_parity_check(tmp_
     folder = as_transformers_5_saves(make_checkpoint(tmp_path / "small", "qwen3_vl", dense_head=False))
     weights = {name: value.bfloat16() for name, value in load_file(folder / "model.safetensors").items()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    write_card(folder, ["coordinates", "compact"])
     out = tmp_path / "export"
     manifest = export_target(str(folder), out, "tensorrt-llm", CAMERA, TargetOptions(gpu="H100"))
     assert {"model.safetensors", "serve.sh", "llm_api.yaml", "config.json"} <= set(manifest.files)
