@@ -27,8 +27,8 @@ from depthlm_ros.manifest import sha256_of
 from depthlm_ros.onnx_precision import lower_precision
 from depthlm_ros.prompts import dense_question
 from depthlm_training import onnx_export
+from depthlm_training.onnx_constants import affine_of
 from depthlm_training.onnx_export import check_graph, export_onnx
-from depthlm_training.onnx_graph import affine_of
 
 CAMERA = Camera(fx=228.5, fy=228.5, cx=159.5, cy=119.5, width=320, height=240)
 # A checkpoint without a card is shown its images at 1000 px; this camera's view is small all the same.

@@ -19,22 +19,22 @@ from typing import TYPE_CHECKING
 import cv2
 import numpy as np
 import torch
-from PIL import Image
 
 from depthlm_ros import __version__
 from depthlm_ros.camera import Camera
+from depthlm_ros.engines.checkpoint import open_checkpoint
+from depthlm_ros.engines.dense_head import load_head
 from depthlm_ros.engines.graph_engine import GRAPH_FILE, INPUT, OUTPUT
-from depthlm_ros.engines.images import ImageReader
 from depthlm_ros.engines.linear import ACTIVATIONS
 from depthlm_ros.errors import ConfigError, DialectError, EngineError, MissingDependencyError, ModelError
 from depthlm_ros.manifest import Manifest, sha256_of
 from depthlm_ros.onnx_precision import lower_precision
 from depthlm_ros.parity import camera_values
 from depthlm_ros.prompts import dense_question
-from depthlm_training.onnx_graph import Constants, DenseGraph, affine_of
+from depthlm_training.onnx_constants import check_resampling, constants_of
+from depthlm_training.onnx_graph import DenseGraph
 
 if TYPE_CHECKING:
-    from depthlm_ros.engines.processor import PromptProcessor
     from depthlm_ros.engines.transformers_engine import TransformersEngine
     from depthlm_ros.estimator import Estimator
 
@@ -84,8 +84,11 @@ def export_onnx(
     width, height = view.camera.width, view.camera.height
     shown = engine.processor.shown(view.image)
     size = shown.shape[:2]
-    _check_resampling(engine.processor, (width, height), size)
-    graph = DenseGraph(engine.model, engine._head, engine._head_mode, size, _constants(engine, shown)).eval()
+    check_resampling(engine.processor, (width, height), size)
+    features = engine.model.config.get_text_config().hidden_size
+    maps = len(engine.model.model.visual.deepstack_visual_indexes)
+    head, mode = load_head(open_checkpoint(source), features, maps, engine.processor.patch_px)
+    graph = DenseGraph(engine.model, head, mode, size, constants_of(engine, shown)).eval()
     path = out / GRAPH_FILE
     tokens = shown.shape[0] * shown.shape[1] // engine.processor.patch_px**2
     image = {
@@ -113,7 +116,7 @@ def export_onnx(
     return Manifest(
         target="onnx",
         model=estimator.card.name,
-        source=estimator.engine.info.model if "/" in estimator.card.source else source.name,
+        source=source.name if Path(engine.info.model).is_dir() else engine.info.model,
         source_sha256=digests,
         made=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         versions={"depthlm_ros": __version__, **{name: metadata.version(name) for name in _PACKAGES}},
@@ -250,40 +253,6 @@ def _exportable(estimator: Estimator) -> TransformersEngine:
             "preprocessor_config.json, or use engine transformers"
         )
     return engine
-
-
-def _check_resampling(processor: PromptProcessor, view: tuple[int, int], size: tuple[int, int]) -> None:
-    """Makes sure that a view of another size than the graph's is resampled as `GraphEngine` does it."""
-    if view == size[::-1]:
-        return
-    noise = np.random.default_rng(0).integers(0, 256, (view[1], view[0], 3), dtype=np.uint8)
-    ours = np.asarray(Image.fromarray(noise).resize(size[::-1], Image.Resampling.BICUBIC))
-    if not np.array_equal(ours, processor.shown(noise)):
-        raise ModelError(
-            f"the image processor resamples {view[0]}x{view[1]} to {size[1]}x{size[0]}, and not bicubically; use "
-            "policy exact, which resamples nothing"
-        )
-
-
-def _constants(engine: TransformersEngine, image: np.ndarray) -> Constants:
-    processor, model = engine.processor, engine.model
-    inputs = processor.images([image])
-    ids = processor.prompts([dense_question()], inputs.grid_hw)[0]
-    first = ids.index(processor.image_token_id)
-    last = len(ids) - ids[::-1].index(processor.image_token_id)
-    if ids[first:last] != [processor.image_token_id] * (inputs.grid_hw[0] * inputs.grid_hw[1]):
-        raise ModelError("the image's tokens aren't one block of the prompt; use engine transformers")
-    side = processor.vision_patch_px
-    bytes_ = np.broadcast_to(np.arange(256, dtype=np.uint8)[:, None, None, None], (256, side, side, 3))
-    affine = affine_of(processor.patch_values(bytes_).view(256, 3, -1)[..., 0].numpy())
-    if affine is None:
-        raise ModelError("the image processor's values aren't affine in the bytes; use engine transformers")
-    with torch.no_grad():
-        frame = ImageReader(model, processor, engine.info.architecture, lean=False).compose(ids[:last], (inputs,))
-        cos, sin = model.model.language_model.rotary_emb(frame.embeds, frame.positions)
-    half = cos.shape[-1] // 2
-    scale, offset = (torch.tensor(values, dtype=torch.float32) for values in affine)
-    return Constants(scale, offset, frame.embeds[0, :first].clone(), cos[0, :, :half].clone(), sin[0, :, :half].clone())
 
 
 def _images(focal_px: float, size: tuple[int, int]) -> list[np.ndarray]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -265,14 +264,6 @@ class _DPTHead(nn.Module):
             plane = self.norm(one).transpose(0, 1).reshape(1, -1, h, w)
             scales.append(resize(project(plane)))
         return F.softplus(self.scratch(scales, (self._patch_px * h, self._patch_px * w))[0, 0])
-
-
-def affine_of(values: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
-    """(3,) scale and offset that give a processor's values of all bytes, (256, 3); None where it isn't affine."""
-    values = values.astype(np.float64)
-    scale, offset = (values[255] - values[0]) / 255, values[0]
-    off = np.abs(np.arange(256)[:, None] * scale + offset - values).max()
-    return (scale, offset) if off <= 1e-6 * np.abs(values).max() else None
 
 
 def _attention(

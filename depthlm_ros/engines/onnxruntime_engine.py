@@ -116,7 +116,8 @@ def _session(path: Path, provider: str, number: int, manifest: Manifest) -> Any:
 
     settings = onnxruntime.SessionOptions()
     # As many as the caller's other libraries are told to take; idle threads sleep instead of turning.
-    settings.intra_op_num_threads = int(os.environ.get("OMP_NUM_THREADS") or 0)
+    threads = os.environ.get("OMP_NUM_THREADS", "")
+    settings.intra_op_num_threads = int(threads) if threads.isdecimal() else 0
     settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
     settings.log_severity_level = 3
     providers: list[Any] = [(provider, _provider_options(provider, number, manifest))]
