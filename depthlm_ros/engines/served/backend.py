@@ -55,6 +55,15 @@ class ServedBackend:
         """What is wrong now, a sentence each; from any thread."""
         return self._servers.complaints
 
+    @property
+    def server(self) -> Server:
+        """The one that would be asked now.
+
+        Raises:
+            EngineError: there is none.
+        """
+        return self._servers.choose({})
+
     def ask(self, asks: Sequence[Ask]) -> list[Reply]:
         """Answers all of them, in their order, greedily; as `worded.Backend.ask`.
 

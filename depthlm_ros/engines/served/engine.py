@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,8 +31,29 @@ _SHOT_PX = 64
 _SPARE_CONNECTIONS = 2
 
 
+@dataclass(frozen=True)
+class Served:
+    """What an engine is made of.
+
+    Attributes:
+        backend: asks the servers.
+        processor: of the model, for the sizes of images.
+        info: what was found.
+    """
+
+    backend: ServedBackend
+    processor: PromptProcessor
+    info: EngineInfo
+
+
 def load_served(source: str | Path, card: ModelCard, options: EngineOptions) -> WordedEngine:
-    """Asks the servers who they are and makes an engine of them.
+    """Asks the servers who they are and makes an engine of them; arguments and errors as `open_served`."""
+    served = open_served(source, card, options)
+    return WordedEngine(served.backend, served.info, served.processor, options.guided)
+
+
+def open_served(source: str | Path, card: ModelCard, options: EngineOptions) -> Served:
+    """Asks the servers who they are.
 
     Args:
         source: folder or hub id of the model that the servers serve; its processor's settings are read, no weights.
@@ -59,7 +81,7 @@ def load_served(source: str | Path, card: ModelCard, options: EngineOptions) -> 
     connections = options.server_concurrency + _SPARE_CONNECTIONS
     servers = Servers(
         [Server(Client(address, key, connections), options.server_concurrency) for address in addresses],
-        lambda client, model, timeout_s: discover(client, _named(wish, model), timeout_s),
+        lambda client, model, timeout_s: discover(client, replace(wish, model=model), timeout_s),
         options.server_model,
         options.server_timeout_s,
     )
@@ -76,8 +98,7 @@ def load_served(source: str | Path, card: ModelCard, options: EngineOptions) -> 
         card.system_text,
         options.prefix_reuse,
     )
-    info = _describe(servers, checkpoint, options)
-    return WordedEngine(backend, info, processor, options.guided)
+    return Served(backend, processor, _describe(servers, checkpoint, options))
 
 
 def _wish(processor: PromptProcessor, checkpoint: Checkpoint, card: ModelCard, options: EngineOptions) -> Wish:
@@ -95,10 +116,6 @@ def _wish(processor: PromptProcessor, checkpoint: Checkpoint, card: ModelCard, o
         Picture(grey, options.server_image),
         extras,
     )
-
-
-def _named(wish: Wish, model: str) -> Wish:
-    return Wish(wish.dialect, model, wish.guided, wish.system, wish.picture, wish.extras)
 
 
 def _generation_config(folder: Path) -> dict:
