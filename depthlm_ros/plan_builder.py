@@ -94,7 +94,6 @@ def _precision(name: str) -> str:
 def _built(tensorrt: Any, graph: Path, workspace_mb: int) -> bytes:
     """The plan's bytes."""
     logger = new_logger(tensorrt)
-    tensorrt.init_libnvinfer_plugins(logger, "")
     builder = made(tensorrt.Builder, logger)
     if builder is None:
         raise EngineError(f"TensorRT can't start: {told(logger)}; it needs an NVIDIA GPU and its driver")

@@ -160,7 +160,6 @@ def make(version="10.13.3.9", fails=""):
     package = types.ModuleType("tensorrt")
     package.__version__ = version
     package.seen = seen
-    package.init_libnvinfer_plugins = lambda logger, namespace: True
     for one in (Builder, OnnxParser, Runtime, ILogger, NetworkDefinitionCreationFlag, BuilderFlag, MemoryPoolType,
                 TensorIOMode, DataType):  # fmt: skip
         setattr(package, one.__name__, one)

@@ -70,7 +70,6 @@ class PlanRunner:
         self._logger = new_logger(tensorrt)
         width, height = size
         with self._on_device():
-            tensorrt.init_libnvinfer_plugins(self._logger, "")
             # Kept, since the engine needs it alive.
             self._runtime = made(tensorrt.Runtime, self._logger)
             engine = None if self._runtime is None else self._runtime.deserialize_cuda_engine(plan.read_bytes())
