@@ -175,7 +175,7 @@ def test_images_that_could_be_taken_for_each_other_get_salts_or_no_reuse(qwen3_v
     engine.close()
     release = installed(without=("LLM.generate_async(cache_salt)",))
     engine = load(qwen3_vl_checkpoint)
-    assert release.told("LLM")[-1]["kv_cache_config"].enable_block_reuse is False
+    assert [told["kv_cache_config"].enable_block_reuse for told in release.told("LLM")] == [False]
     assert any("no reuse" in reason for reason in engine.info.reasons)
     engine.close()
 
@@ -266,12 +266,15 @@ def test_there_are_no_maps_and_no_distributions(qwen3_vl_checkpoint, installed):
 
 
 def test_an_llm_that_does_not_start_is_told_with_a_remedy(qwen3_vl_checkpoint, installed, tmp_path):
-    installed()
+    release = installed()
     bad = tmp_path / "model"
     shutil.copytree(qwen3_vl_checkpoint, bad)
     (bad / "llm_api.yaml").write_text("max_batch_sise: 4\nmax_seq_len: 512\n", encoding="utf-8")
     with pytest.raises(ModelError, match="invalid argument: max_batch_sise"):
         load(bad)
+    (bad / "llm_api.yaml").write_text("max_seq_len: 512\ntrust_remote_code: true\n", encoding="utf-8")
+    load(bad).close()
+    assert release.told("LLM")[-1]["trust_remote_code"] is False
     (bad / "llm_api.yaml").write_text("[1, 2]", encoding="utf-8")
     with pytest.raises(ModelError, match="no mapping"):
         load(bad)
@@ -283,6 +286,8 @@ def test_what_it_cannot_run_is_refused_with_a_remedy(llava_checkpoint, qwen3_vl_
         load(llava_checkpoint)
     with pytest.raises(ConfigError, match="CUDA_VISIBLE_DEVICES"):
         load(qwen3_vl_checkpoint, device="cpu")
+    with pytest.raises(ConfigError, match="float32"):
+        load(qwen3_vl_checkpoint, dtype="float32")
     jetson = Machine(board="NVIDIA Jetson AGX Orin", l4t="36.4.3")
     monkeypatch.setattr("depthlm_ros.engines.tensorrt_llm_engine.this_machine", lambda: jetson)
     with pytest.raises(ModelError, match="AGX Orin.*edge-llm"):

@@ -17,15 +17,15 @@ from depthlm_ros import __version__
 from depthlm_ros.camera import Camera
 from depthlm_ros.engines.checkpoint import Checkpoint, open_checkpoint, open_processor
 from depthlm_ros.engines.processor import PromptProcessor
-from depthlm_ros.engines.tensorrt_llm_engine import (
+from depthlm_ros.engines.tensorrt_llm_engine import check_architecture
+from depthlm_ros.engines.tensorrt_llm_formats import HOW_TO_QUANTISE, PLAIN, check_format, stored_format
+from depthlm_ros.engines.tensorrt_llm_settings import (
     GPU_MEMORY_FRACTION,
     MAX_BATCH,
     MAX_NUM_TOKENS,
     SETTINGS_FILE,
-    check_architecture,
     engine_settings,
 )
-from depthlm_ros.engines.tensorrt_llm_formats import HOW_TO_QUANTISE, PLAIN, check_format, stored_format
 from depthlm_ros.engines.transformers_engine import TransformersEngine
 from depthlm_ros.errors import ConfigError, DialectError, EngineError, ModelError
 from depthlm_ros.estimator import Estimator

@@ -82,6 +82,7 @@ def published_config(config: Mapping[str, Any], precision: str) -> tuple[dict[st
         told.pop(key, None)
     architecture = told["model_type"]
     text, vision = told.pop("text_config", None), told["vision_config"]
+    vision["model_type"] = architecture
     if text is None:
         text, told = _split(told)
     for part in (text, vision):

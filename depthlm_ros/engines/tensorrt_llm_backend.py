@@ -83,11 +83,6 @@ class LlmBackend:
             # Otherwise every request's image is processed and hashed in this thread, one after the other.
             self._pool = ThreadPoolExecutor(_PREPARERS, thread_name_prefix="tensorrt_llm")
 
-    @property
-    def salted(self) -> bool:
-        """Whether requests can be kept from reusing each other's blocks."""
-        return self._salted
-
     def ask(self, asks: Sequence[Ask], salt: str = "") -> list[Reply]:
         """As `worded.Backend.ask`.
 
@@ -132,6 +127,7 @@ class LlmBackend:
             "max_tokens": ask.max_new_tokens,
             "temperature": 0.0,
             "top_k": 1,
+            # Of 0, which means the token that was said, early releases make none.
             "logprobs": 1,
             # The chat template has written them.
             "add_special_tokens": False,

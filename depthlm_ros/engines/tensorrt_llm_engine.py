@@ -18,21 +18,22 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import yaml
 
 from depthlm_ros.engines.base import EngineInfo
 from depthlm_ros.engines.checkpoint import Checkpoint, open_checkpoint, open_processor
 from depthlm_ros.engines.options import EngineOptions
 from depthlm_ros.engines.processor import PromptProcessor
 from depthlm_ros.engines.tensorrt_llm_backend import LlmBackend
-from depthlm_ros.engines.tensorrt_llm_contract import (
-    MODULE,
-    PARAMETERS,
-    RECORDED_FOR,
-    check_contract,
-    parameters,
+from depthlm_ros.engines.tensorrt_llm_contract import MODULE, RECORDED_FOR, check_contract, parameters
+from depthlm_ros.engines.tensorrt_llm_formats import PLAIN, check_format, stored_format
+from depthlm_ros.engines.tensorrt_llm_settings import (
+    MAX_BATCH,
+    SETTINGS_FILE,
+    default_settings,
+    known,
+    llm_arguments,
+    read_settings,
 )
-from depthlm_ros.engines.tensorrt_llm_formats import check_format, stored_format
 from depthlm_ros.engines.worded import Ask, WordedEngine
 from depthlm_ros.errors import ConfigError, EngineError, MissingDependencyError, ModelError
 from depthlm_ros.machine import this_machine
@@ -42,21 +43,11 @@ if TYPE_CHECKING:
     from depthlm_ros.cards import ModelCard
 
 _LOG = logging.getLogger(__name__)
-SETTINGS_FILE = "llm_api.yaml"
-"""Options of the LLM API beside a checkpoint; `trtllm-serve --extra_llm_api_options` reads the same."""
-
 INSTALL = (
     "TensorRT-LLM {state}; it needs an NVIDIA GPU and a Python of its own: run: pip install tensorrt_llm (or start "
     "NVIDIA's container tensorrt-llm/release), and install this package beside it. To keep it apart, start serve.sh of "
     "the export there and use engine openai"
 )
-MAX_BATCH = 64
-MAX_NUM_TOKENS = 8192
-# Of what is free when the engine starts; its own default of 0.9 leaves nothing to a camera pipeline on the same GPU.
-GPU_MEMORY_FRACTION = 0.6
-# Where no export says how long prompts get: image tokens of the largest view that is met, and text.
-_MOST_IMAGE_TOKENS = 4096
-_TEXT_TOKENS = 1024
 _PROBE = "How far is it?"
 _PROBE_TOKENS = 4
 
@@ -75,7 +66,7 @@ def load_tensorrt_llm(source: str | Path, card: ModelCard, options: EngineOption
         ModelError: it can't run the model, or not on this GPU.
         EngineError: it loads the model and can't answer.
     """
-    _check_device(options.device)
+    _check_device(options.device, options.dtype)
     folder = Path(source).expanduser()
     manifest = read_manifest(folder) if folder.is_dir() else None
     if manifest is not None:
@@ -87,13 +78,13 @@ def load_tensorrt_llm(source: str | Path, card: ModelCard, options: EngineOption
         check_format(stored, checkpoint.architecture, this_machine().compute_capability)
     api, version = _api()
     processor = PromptProcessor(checkpoint, card.system_text)
-    settings = read_settings(checkpoint.folder) or default_settings(processor, checkpoint.config)
-    reasons = [f"TensorRT-LLM {version} with the settings of {SETTINGS_FILE}" if manifest else "settings by default"]
-    dtype = options.dtype if options.dtype != "auto" else "auto"
+    own = read_settings(checkpoint.folder)
+    settings = own or default_settings(processor, checkpoint.config)
+    reasons = [f"TensorRT-LLM with the options of {SETTINGS_FILE}" if own else "TensorRT-LLM with options by default"]
 
     def build(reuse: bool) -> LlmBackend:
         arguments = llm_arguments(api, str(source if not folder.is_dir() else folder), settings, reuse=reuse)
-        told = {**arguments, **_known(api, "LLM", {"dtype": dtype, "revision": card.revision})}
+        told = {**arguments, **known(api, "LLM", {"dtype": options.dtype, "revision": card.revision})}
         try:
             llm = api.LLM(**told)
         except Exception as error:
@@ -111,13 +102,13 @@ def load_tensorrt_llm(source: str | Path, card: ModelCard, options: EngineOption
             **_ending(checkpoint.folder, processor),
         )
 
-    backend, guided = _probed(build, processor, reasons, options)
+    backend, guided = _probed(build, _reuse_wanted(api, options, reasons), processor, reasons, options.guided)
     info = EngineInfo(
         engine="tensorrt_llm",
         model=str(source),
         architecture=checkpoint.architecture,
         device="cuda:0",
-        dtype=stored or (dtype if dtype != "auto" else str(checkpoint.config.get("dtype") or "bfloat16")),
+        dtype=stored or (str(checkpoint.config.get("dtype")) if options.dtype == "auto" else options.dtype),
         reasons=tuple(reasons),
         parameters=checkpoint.parameters,
         dense=False,
@@ -141,124 +132,55 @@ def check_architecture(checkpoint: Checkpoint) -> None:
         )
 
 
-def read_settings(folder: Path) -> dict[str, Any]:
-    """`llm_api.yaml` of a folder; nothing where there is none.
-
-    Raises:
-        ModelError: it isn't a mapping.
-    """
-    path = folder / SETTINGS_FILE
-    if not path.is_file():
-        return {}
-    try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ModelError(f"{path} is not valid YAML ({_first(error)}); export the model again") from error
-    if not isinstance(settings, dict) or not isinstance(settings.get("kv_cache_config", {}), dict):
-        raise ModelError(f"{path} holds no mapping of options; export the model again")
-    return settings
-
-
-def default_settings(processor: PromptProcessor, config: dict[str, Any]) -> dict[str, Any]:
-    """Settings for a checkpoint that wasn't exported: room for large views."""
-    tokens = min(processor.grid.max_pixels // processor.patch_px**2, _MOST_IMAGE_TOKENS)
-    longest = (config.get("text_config") or config).get("max_position_embeddings") or tokens + _TEXT_TOKENS
-    return engine_settings(min(tokens + _TEXT_TOKENS, longest))
-
-
-def engine_settings(
-    max_seq_len: int,
-    *,
-    max_num_tokens: int = MAX_NUM_TOKENS,
-    max_batch_size: int = MAX_BATCH,
-    gpu_memory: float = GPU_MEMORY_FRACTION,
-) -> dict[str, Any]:
-    """Options of the LLM API.
-
-    Args:
-        max_seq_len: of a prompt with its image tokens and its answer.
-        max_num_tokens: of one pass; at least `max_seq_len`, so that no prompt has to be cut into chunks.
-        max_batch_size: most questions in a pass.
-        gpu_memory: share of the free GPU memory that the cache takes.
-    """
-    return {
-        # Without it every guide is dropped without a word.
-        "guided_decoding_backend": "xgrammar",
-        "kv_cache_config": {"enable_block_reuse": True, "free_gpu_memory_fraction": gpu_memory},
-        "max_batch_size": max_batch_size,
-        "max_beam_width": 1,
-        "max_num_tokens": max(max_num_tokens, max_seq_len),
-        "max_seq_len": max_seq_len,
-        "enable_chunked_prefill": False,
-    }
-
-
-def llm_arguments(api: ModuleType, model: str, settings: dict[str, Any], *, reuse: bool) -> dict[str, Any]:
-    """What `LLM` is called with: what we would like to say is left out where it isn't known, the rest is said.
-
-    Args:
-        api: `tensorrt_llm.llmapi`.
-        model: folder or hub id.
-        settings: as in `llm_api.yaml`; a name that nobody knows is left in, so that its typing error shows.
-        reuse: whether blocks of the cache are reused.
-    """
-    cache = {**settings.get("kv_cache_config", {})}
-    cache["enable_block_reuse"] = reuse and cache.get("enable_block_reuse", True)
-    told = {key: value for key, value in settings.items() if key != "kv_cache_config"}
-    return {
-        "model": model,
-        "kv_cache_config": api.KvCacheConfig(**_known(api, "KvCacheConfig", cache)),
-        **_known(api, "LLM", {"trust_remote_code": False, **told}),
-    }
-
-
-def _known(api: ModuleType, name: str, told: dict[str, Any]) -> dict[str, Any]:
-    taken = parameters(api, name)
-    spared = PARAMETERS[name].wanted
-    dropped = [key for key in told if taken is not None and key not in taken and key in spared]
-    if dropped:
-        _LOG.info("%s of this TensorRT-LLM doesn't take %s", name, ", ".join(dropped))
-    return {key: value for key, value in told.items() if key not in dropped and value is not None}
+def _reuse_wanted(api: ModuleType, options: EngineOptions, reasons: list[str]) -> bool:
+    """Whether blocks of the cache shall be reused; says why where not."""
+    taken = parameters(api, "LLM.generate_async")
+    fault = ""
+    if not options.prefix_reuse:
+        fault = "prefix_reuse is false"
+    elif taken is None or "cache_salt" not in taken:
+        fault = "this release can't keep images of the same bytes and other shapes apart"
+    if fault:
+        reasons.append(f"no reuse of cache blocks: {fault}")
+    return not fault
 
 
 def _probed(
-    build: Callable[[bool], LlmBackend], processor: PromptProcessor, reasons: list[str], options: EngineOptions
+    build: Callable[[bool], LlmBackend], reuse: bool, processor: PromptProcessor, reasons: list[str], guided: bool
 ) -> tuple[LlmBackend, bool]:
     """The backend, and whether its guides hold; built a second time where reuse changes its answers."""
-    backend = build(options.prefix_reuse)
+    backend = build(reuse)
     try:
-        fault = _reuse_fault(backend, processor) if options.prefix_reuse else "prefix_reuse is false"
-        if not fault:
-            reasons.append("cache blocks are reused between questions about an image")
-        else:
-            reasons.append(f"no reuse of cache blocks: {fault}")
-            if options.prefix_reuse:
+        if reuse:
+            fault = _reuse_fault(backend, processor)
+            if fault:
                 _LOG.warning("TensorRT-LLM starts again without reuse of cache blocks: %s", fault)
                 backend.close()
-                backend = build(False)
+                reuse, backend = False, build(False)
+            told = f"no reuse of cache blocks: {fault}" if fault else "questions about an image reuse its cache blocks"
+            reasons.append(told)
+        if not reuse:
             backend.ask([Ask((_probe_images(processor)[0],), _PROBE, _PROBE_TOKENS)])
-        guided = options.guided and _guides(backend, processor)
+        holds = guided and _guides(backend, processor)
     except BaseException:
         backend.close()
         raise
-    if options.guided and not guided:
+    if guided and not holds:
         backend.complaints = (
             "TensorRT-LLM doesn't keep to guides here, so that answers are read as they come; set "
             f"guided_decoding_backend: xgrammar in {SETTINGS_FILE}",
         )
-    return backend, guided
+    return backend, holds
 
 
 def _reuse_fault(backend: LlmBackend, processor: PromptProcessor) -> str:
     """What goes wrong with blocks that are reused; "" where nothing does."""
-    if not backend.salted:
-        return "this release can't keep images of the same bytes and other shapes apart"
     first, second = _probe_images(processor)
     one, other = Ask((first,), _PROBE, _PROBE_TOKENS), Ask((second,), _PROBE, _PROBE_TOKENS)
     try:
         fresh, again = backend.ask([one])[0], backend.ask([one])[0]
-        # The second image differs in its last rows only, so that most of its blocks look like the first one's.
-        reused, alone = backend.ask([other])[0], backend.ask([other], salt="probe")[0]
+        # The second image differs in its lower half only, so that its first blocks could be taken for the first one's.
+        reused, alone = backend.ask([other])[0], backend.ask([other], salt="probe ")[0]
     except EngineError as error:
         return str(error)
     if fresh.text != again.text:
@@ -310,7 +232,7 @@ def _api() -> tuple[ModuleType, str]:
     return api, version
 
 
-def _check_device(device: str) -> None:
+def _check_device(device: str, dtype: str) -> None:
     machine = this_machine()
     if machine.l4t:
         raise ModelError(
@@ -322,6 +244,8 @@ def _check_device(device: str) -> None:
             f"device is {device!r}; TensorRT-LLM takes the first GPU that it sees: leave device at auto, and set "
             "CUDA_VISIBLE_DEVICES for another"
         )
+    if dtype not in ("auto", *PLAIN):
+        raise ConfigError(f"dtype is {dtype!r}; TensorRT-LLM computes in {' or '.join(PLAIN)}, or as stored with auto")
 
 
 def _ending(folder: Path, processor: PromptProcessor) -> dict[str, Any]:
