@@ -3,7 +3,7 @@
     python -m depthlm_ros.bench.served_overhead http://localhost:8000 --model FOLDER
     python -m depthlm_ros.bench.served_overhead --loopback 20      # a stand-in that answers after 20 ms
 
-Both sides send the same bytes, as many at once. A round asks each of them about an image that the server hasn't seen;
+Both sides encode the image once and send the same bytes, as many at once. A round asks each of them about an image that the server hasn't seen;
 who begins changes from round to round. The rate of the engine over the rate of bare HTTP is what is told: 1 costs
 nothing.
 """
@@ -145,12 +145,12 @@ def compare(
         return points / (time.perf_counter() - began)
 
     def directly(image: np.ndarray) -> float:
+        began = time.perf_counter()
         picture = Picture(image, "png")
         bodies = [
             peer.dialect.body(peer.model, card.system_text, [picture], text, card.max_new_tokens, guide)
             for text in questions
         ]
-        began = time.perf_counter()
         bare.send(bodies)
         return points / (time.perf_counter() - began)
 
