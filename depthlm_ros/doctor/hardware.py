@@ -209,7 +209,11 @@ def _torch_on_gpu(world: World, facts: dict[str, Any], engine: str) -> Iterable[
     elif covered or not architectures:
         yield ok(f"{told}, CUDA {facts['cuda']}, computes on the GPU ({_sm(capability)})")
     else:
-        yield warn(f"{told} lists no code for {_sm(capability)} (it has {' '.join(architectures)})", remedy)
+        yield note(
+            f"{told} computes on the GPU, though it lists no code for {_sm(capability)} (it has "
+            f"{' '.join(architectures)}) and nobody supports that",
+            "go on, and rely on the parity check; should something fail with 'no kernel image': " + remedy,
+        )
 
 
 def covers(architectures: Iterable[str], capability: str, tegra: bool) -> str:
@@ -245,9 +249,10 @@ def _torch_remedy(capability: str) -> str:
     if capability == THOR:
         return "pip install torch --index-url https://download.pytorch.org/whl/cu130 (wheels for aarch64 and Thor)"
     if capability == ORIN:
+        # Read in public reports: LibreYOLO on Orin Nano, nvidia-holoscan/holohub #1687 on AGX Orin.
         return (
-            "PyTorch's own wheels have no code for Orin: take one that was built for this JetPack "
-            "(config/containers/jetson_orin.Dockerfile names a source), or use engine onnxruntime on device cpu"
+            "take PyTorch's own wheel for CUDA 13, whose code for 8.0 computes on Orin by reports (those for servers "
+            "fail there): pip install torch --index-url https://download.pytorch.org/whl/cu130"
         )
     return "install a CUDA build for this GPU: https://pytorch.org/get-started/locally"
 

@@ -35,7 +35,8 @@ def check_listening(child: Child) -> Iterable[Finding]:
         return
     nodes = facts["nodes"]
     ours = [name for name in nodes if name.rsplit("/", 1)[-1] == NODE_NAME]
-    yield ok(f"{len(nodes)} other nodes, {facts['others']} topics" + (f"; {', '.join(ours)} runs" if ours else ""))
+    told = f"{len(nodes)} other node{'s' * (len(nodes) != 1)}, {facts['others']} topics"
+    yield ok(told + (f"; {', '.join(ours)} runs" if ours else ""))
 
 
 def check_topics(facts: Mapping[str, Any], seconds: float) -> Iterable[Finding]:

@@ -72,6 +72,9 @@ FAULTS = (
     Fault("10.13", "", "float16 engines of YOLOv10 were wrong where 10.3 was right", "NVIDIA/TensorRT #4820", _NEWER),
 )  # fmt: skip
 
+# NVIDIA's TensorRT 11.4.1 documentation, moving from 10.x to 11.x on Jetson.
+TENSORRT_11_ON_JETSON = (11, 4, 1)
+
 # What the wheel of Edge-LLM 0.11.0 holds libraries for (its variants.json); it takes exact matches only.
 EDGE_JETSON = {("8.7", "39.2"), ("11.0", "38.2"), ("11.0", "38.4"), ("11.0", "39.2")}
 EDGE_DESKTOP = {("Ubuntu 22.04", "8.0"), *(("Ubuntu 24.04", each) for each in ("8.0", "8.6", "10.0", "12.0"))}
@@ -94,7 +97,8 @@ def check_packages(world: World, engine: str) -> Iterable[Finding]:
     if not seen["opencv-python-headless"]:
         yield fail("OpenCV is not installed", "pip install opencv-python-headless")
     for name, oldest in REQUIRED.items():
-        if seen[name] and _release(seen[name]) >= _release(oldest):
+        # PyTorch's absence is told where it is tried.
+        if (seen[name] and _release(seen[name]) >= _release(oldest)) or (name == "torch" and not seen[name]):
             continue
         state = f"{seen[name]} is too old" if seen[name] else "is not installed"
         serious = fail if name in NEEDS[engine] and (engine in CHECKED or not seen[name]) else note
@@ -120,7 +124,10 @@ def check_tensorrt(world: World, engine: str) -> Iterable[Finding]:
             f"TensorRT {version}: {fault.seen} ({fault.sources})",
             f"{fault.remedy}; whatever the version, trust an engine only after depthlm's parity check on this machine",
         )
-    if not known:
+    if world.machine.is_jetson and (11,) <= _release(version, 3) < TENSORRT_11_ON_JETSON:
+        yield warn(f"TensorRT {version} does not support JetPack; 11.4.1 is the first of its line that does (7.2.2)",
+                   "use the TensorRT 10 that came with JetPack")  # fmt: skip
+    elif not known:
         yield ok(f"TensorRT {version}; no wrong depth engines of it are known to this version of depthlm_ros")
 
 
@@ -270,5 +277,5 @@ def check_cv_bridge(fault: str | None, numpy: str) -> Iterable[Finding]:
         )
 
 
-def _release(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in re.findall(r"\d+", version.split("+")[0])[:2])
+def _release(version: str, parts: int = 2) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version.split("+")[0])[:parts])
