@@ -64,6 +64,9 @@ def run_exporter(program: Path, checkpoint: Path, out: Path, timeout_s: float = 
     """
     command = [str(program), str(checkpoint), str(out), "--dtype", "float16"]
     environment = {name: value for name, value in os.environ.items() if name not in _OTHERS}
+    if "_ROS_WHEELS_BOOTSTRAP_COMPLETE" in os.environ:
+        # Set by the ROS wheels for their own libraries.
+        environment.pop("LD_LIBRARY_PATH", None)
     # Nothing is fetched: the checkpoint is a folder.
     environment |= {"HF_HUB_OFFLINE": "1", "PYTHONNOUSERSITE": "1", "NO_COLOR": "1"}
     try:
