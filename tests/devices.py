@@ -31,6 +31,7 @@ class Device:
         }  # fmt: skip
         self.environment: dict[str, str] = {"HOME": str(root / "home")}
         self.commands: set[str] = set()
+        self.modules = {"cv2"}
         self.space: tuple[int, int] = (500_000_000_000, 300_000_000_000)
         self.shm: tuple[int, int] = (8_000_000_000, 8_000_000_000)
         (root / "home").mkdir()
@@ -55,7 +56,8 @@ class Device:
         told = " ".join(command)
         return next((text for part, text in self.printed.items() if part in told), "")
 
-    def child(self, arguments: list[str]) -> Child:
+    def child(self, arguments: list[str], limit_s: float) -> Child:
+        assert limit_s > 0
         told = " ".join(arguments)
         absent = Child(1, err="ImportError: not there")
         return next((child for part, child in self.children.items() if part in told), absent)
@@ -73,6 +75,7 @@ class Device:
             version=lambda name: self.versions.get(name, ""),
             disk=self.disk,
             python=python,
+            importable=lambda name: name in self.modules,
             commands=lambda name: f"/usr/bin/{name}" if name in self.commands else None,
             bridge=lambda: bridge,
         )

@@ -70,6 +70,9 @@ def test_the_page_fits_a_terminal_and_says_what_to_do() -> None:
     assert text.splitlines()[-1] == "1 failure, 1 warning."
     assert "\033[31;1mFAIL" in render(page, colour=True)
     assert page.failed and not Page(()).failed
+    assert Page((), {"gpu": "NVIDIA Thor"}).as_dict() == {
+        "failed": False, "machine": {"gpu": "NVIDIA Thor"}, "sections": [],
+    }  # fmt: skip
     assert json.loads(json.dumps(page.as_dict()))["sections"][0]["findings"][2] == {
         "status": "FAIL", "text": "bad", "remedy": "do this",
     }  # fmt: skip
@@ -214,6 +217,13 @@ def test_packages_too_old_or_twice(tmp_path: Path) -> None:
     findings = told(versions.check_packages(device.world(), "transformers"))
     assert 'pip install "transformers>=5.14"' in one(findings, "transformers 4.57.1 is too old").remedy
     one(findings, "opencv-python-headless and opencv-python are both installed")
+    # OpenCV of JetPack has no name that pip knows.
+    del device.versions["opencv-python"], device.versions["opencv-python-headless"]
+    assert all("OpenCV" not in finding.text for finding in versions.check_packages(device.world(), "transformers"))
+    device.modules.clear()
+    assert one(versions.check_packages(device.world(), "transformers"), "OpenCV is not installed").status == FAIL
+    device.versions["numpy"] = "1.26.4"
+    assert one(versions.check_packages(device.world(), "transformers"), "this package asks for 2").status == NOTE
     built = answer(version="1.31.1", providers=["CPUExecutionProvider"])
     runtime = told(versions.check_onnxruntime(device.world(), built, "onnxruntime"))
     assert [f.status for f in runtime] == [WARN, OK, WARN]
@@ -665,7 +675,7 @@ def test_a_page_comes_whatever_breaks(tmp_path: Path) -> None:
     def broken(*_: Any) -> Any:
         raise OSError("everything is broken")
 
-    world = World(root=tmp_path / "absent", run=broken, child=lambda _: Child(-11), version=broken, disk=broken,
+    world = World(root=tmp_path / "absent", run=broken, child=lambda *_: Child(-11), version=broken, disk=broken,
                   commands=broken, bridge=lambda: None)  # fmt: skip
     page = examine(Options(), replace(world, version=lambda _: ""))
     assert page.failed and page.count(WARN) > 2
@@ -679,6 +689,20 @@ def test_children_are_kept_at_a_distance() -> None:
     assert run_child(["-c", "import time; time.sleep(60)"], limit_s=0.5).fault == "didn't end in time"
     assert run_child(["-c", "print('noise'); print('{\"a\": 1}')"]).facts == {"a": 1}
     assert run_child(["-c", "import depthlm_ros.nothing_here"]).fault.startswith("ModuleNotFoundError")
+
+
+def test_listening_may_take_as_long_as_it_is_asked_to(tmp_path: Path) -> None:
+    device = Device(tmp_path)
+    device.children = {"import json, rclpy": answer(rmw="rmw_fastrtps_cpp")}
+    limits = {}
+
+    def child(arguments: list[str], limit_s: float) -> Child:
+        limits[arguments[1]] = limit_s
+        return device.child(arguments, limit_s)
+
+    page = examine(Options(seconds=300), replace(device.world(), child=child))
+    assert limits["depthlm_ros.doctor.listen"] > 300
+    one([f for part in page.sections for f in part.findings], "listening ended without a result")
 
 
 def command(*arguments: str) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from depthlm_ros.doctor import hardware, model, ros, storage, topics, versions
 from depthlm_ros.doctor.page import Finding, Page, Section, section
-from depthlm_ros.doctor.world import Child, World, this_world
+from depthlm_ros.doctor.world import CHILD_S, Child, World, this_world
 
 __all__ = ["Options", "examine"]
 
@@ -52,8 +52,10 @@ def examine(options: Options, world: World | None = None) -> Page:
             return pool.submit(code)
 
         torch = start(lambda: hardware.probe_torch(world))
-        runtime = start(lambda: world.child(["-c", versions.ORT_PROBE]))
-        edge = start(lambda: world.child(["-c", versions.EDGE_PROBE])) if world.version("tensorrt-edgellm") else None
+        runtime = start(lambda: world.child(["-c", versions.ORT_PROBE], CHILD_S))
+        edge = None
+        if world.version("tensorrt-edgellm"):
+            edge = start(lambda: world.child(["-c", versions.EDGE_PROBE], CHILD_S))
         probe = start(lambda: ros.probe_ros(world)) if options.ros else None
         bridge = pool.submit(world.bridge)
         # The last: what it hears shouldn't wait for imports that take all cores.
@@ -86,7 +88,7 @@ def examine(options: Options, world: World | None = None) -> Page:
         camera = topics.camera_heard(heard.facts) if heard is not None and heard.facts else None
         checks = [("the model", lambda: model.check_model(world, options.model, options.engine, camera))]
         sections += [section("Model", checks), section("Disk", [("the disk", lambda: storage.check_disk(world))])]
-    return Page(tuple(sections))
+    return Page(tuple(sections), world.machine.as_dict())
 
 
 def _listen(world: World, options: Options, probe: Future[Child] | None) -> Child | None:
@@ -95,7 +97,7 @@ def _listen(world: World, options: Options, probe: Future[Child] | None) -> Chil
         return None
     named = [*(["--image", options.image] if options.image else []),
              *(["--camera-info", options.camera_info] if options.camera_info else [])]  # fmt: skip
-    return world.child([*LISTEN, "--seconds", f"{options.seconds:g}", *named])
+    return world.child([*LISTEN, "--seconds", f"{options.seconds:g}", *named], options.seconds + CHILD_S)
 
 
 def _ros_sections(world: World, options: Options, probe: Child, heard: Child | None) -> list[Section]:

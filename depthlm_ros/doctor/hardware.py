@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from depthlm_ros.doctor.page import Finding, fail, note, ok, warn
-from depthlm_ros.doctor.world import Child, World
+from depthlm_ros.doctor.world import CHILD_S, Child, World
 from depthlm_ros.machine import ORIN, THOR, Memory, gpu_memory_of, memory_of, power_mode_of
 
 GB = 1e9
@@ -151,7 +151,7 @@ def memory_for_models(world: World) -> float | None:
 
 def probe_torch(world: World) -> Child:
     """Imports PyTorch in a child and lets it multiply on the GPU, if there is one."""
-    return world.child(["-c", TORCH_PROBE])
+    return world.child(["-c", TORCH_PROBE], CHILD_S)
 
 
 def check_torch(world: World, child: Child, engine: str) -> Iterable[Finding]:

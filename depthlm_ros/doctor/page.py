@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 OK, NOTE, WARN, FAIL = "ok", "note", "warn", "FAIL"
@@ -39,9 +39,15 @@ class Section:
 
 @dataclass(frozen=True)
 class Page:
-    """The whole result."""
+    """The whole result.
+
+    Attributes:
+        sections: in the order in which they are shown.
+        machine: `Machine.as_dict` of where it was made, for reports.
+    """
 
     sections: tuple[Section, ...]
+    machine: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def failed(self) -> bool:
@@ -54,7 +60,8 @@ class Page:
 
     def as_dict(self) -> dict[str, Any]:
         """For `--json`."""
-        return {"failed": self.failed, "sections": [asdict(section) for section in self.sections]}
+        sections = [asdict(section) for section in self.sections]
+        return {"failed": self.failed, "machine": dict(self.machine), "sections": sections}
 
 
 def ok(text: str) -> Finding:

@@ -9,7 +9,7 @@ from urllib.parse import unquote, urlparse
 from xml.etree import ElementTree
 
 from depthlm_ros.doctor.page import Finding, fail, note, ok, warn
-from depthlm_ros.doctor.world import Child, World
+from depthlm_ros.doctor.world import CHILD_S, Child, World
 from depthlm_ros.middleware import large_message_profile
 
 ROS_PROBE = """
@@ -38,7 +38,7 @@ SHM_LEAST = 256 << 20
 
 def probe_ros(world: World) -> Child:
     """Imports rclpy, its middleware and a message in a child."""
-    return world.child(["-c", ROS_PROBE])
+    return world.child(["-c", ROS_PROBE], CHILD_S)
 
 
 def check_rclpy(world: World, child: Child) -> Iterable[Finding]:

@@ -94,8 +94,11 @@ def check_packages(world: World, engine: str) -> Iterable[Finding]:
     for name in ("numpy", "pillow", "safetensors"):
         if not seen[name]:
             yield fail(f"{name} is not installed", f"pip install {name}")
-    if not seen["opencv-python-headless"]:
+    if not seen["opencv-python-headless"] and not world.importable("cv2"):
         yield fail("OpenCV is not installed", "pip install opencv-python-headless")
+    if seen["numpy"] and _release(seen["numpy"]) < (2,):
+        remedy = 'pip install "numpy>=2", in an environment of its own'
+        yield note(f"numpy {seen['numpy']}: this package asks for 2", remedy)
     for name, oldest in REQUIRED.items():
         # PyTorch's absence is told where it is tried.
         if (seen[name] and _release(seen[name]) >= _release(oldest)) or (name == "torch" and not seen[name]):

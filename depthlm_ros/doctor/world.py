@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import platform
@@ -16,7 +17,7 @@ from typing import Any
 
 from depthlm_ros.machine import Machine, printed_by, read_machine
 
-CHILD_S = 60.0
+CHILD_S = 90.0
 """A child that imports torch from a slow card may need this long."""
 
 PACKAGE_FOLDER = Path(__file__).resolve().parents[2]
@@ -81,6 +82,11 @@ def run_child(arguments: list[str], limit_s: float = CHILD_S) -> Child:
     return Child(done.returncode, done.stdout, done.stderr)
 
 
+def importable(name: str) -> bool:
+    """Whether a module can be found; some of JetPack and of apt come without a distribution's name and version."""
+    return importlib.util.find_spec(name) is not None
+
+
 def bridge_fault() -> str | None:
     """Why cv_bridge can't be used, None where it can."""
     from depthlm_ros.encodings import cv_bridge_fault
@@ -105,10 +111,11 @@ class World:
         root: where its files are.
         environment: its variables.
         run: runs a command and returns what it prints, "" when it can't.
-        child: runs Python with arguments.
+        child: runs Python with arguments, for so many seconds at most.
         version: of an installed distribution.
         disk: total and free bytes of where a path is.
         python: of the interpreter.
+        importable: whether a module can be found.
         commands: finds a command on PATH, None where there is none.
         bridge: why cv_bridge doesn't work, None where it does.
     """
@@ -117,10 +124,11 @@ class World:
     root: Path = Path("/")
     environment: Mapping[str, str] = field(default_factory=dict)
     run: Callable[[list[str]], str] = printed_by
-    child: Callable[[list[str]], Child] = run_child
+    child: Callable[[list[str], float], Child] = run_child
     version: Callable[[str], str] = installed_version
     disk: Callable[[Path], tuple[int, int]] = disk_space
     python: tuple[int, int] = (sys.version_info[0], sys.version_info[1])
+    importable: Callable[[str], bool] = importable
     commands: Callable[[str], str | None] = shutil.which
     bridge: Callable[[], str | None] = bridge_fault
 
