@@ -3,6 +3,7 @@
 # make env     only the environment, in .venv/ (the two above make it when it is missing)
 # make bench   how long the stages around the model take
 # make train-smoke   every step from a recording to a node that answers with what was learnt, for a few moments each
+# make edge-llm      the environment of TensorRT Edge-LLM's exporter, in .venv-edge-llm/ (its tests run where it is)
 # make lint    ruff
 # make clean   removes the environment, results and build products
 
@@ -15,7 +16,6 @@ PYTEST_ARGS ?=
 RESULTS ?= results/latest
 
 comma := ,
-PIP_LOG := $(VENV)/pip.log
 
 # A sourced ROS 2 is used as it is; otherwise ROS comes from PyPI into the environment, and what another environment's
 # ROS has left in the variables stays outside (the wheels restart Python once, guarded by the first of them).
@@ -42,12 +42,13 @@ export HF_HUB_OFFLINE := 1
 
 READY := $(VENV)/.ready-$(ROS)
 
-# $(1) what is said, $(2) pip's arguments. Its output is shown only when it fails.
-pip_install = echo "  $(1)"; $(VENV)/bin/python -m pip install --quiet --no-input --disable-pip-version-check $(2) \
-	> $(PIP_LOG) 2>&1 || { cat $(PIP_LOG) >&2; echo "make: pip could not install $(1); the lines above say why" >&2; exit 1; }
+# $(1) environment, $(2) what is said, $(3) pip's arguments. Its output is shown only when it fails.
+pip_into = echo "  $(2)"; $(1)/bin/python -m pip install --quiet --no-input --disable-pip-version-check $(3) \
+	> $(1)/pip.log 2>&1 || { cat $(1)/pip.log >&2; echo "make: pip could not install $(2); the lines above say why" >&2; exit 1; }
+pip_install = $(call pip_into,$(VENV),$(1),$(2))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench train-smoke env lint clean
+.PHONY: help demo test bench train-smoke env edge-llm lint clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -65,6 +66,17 @@ train-smoke: $(READY)
 	@$(VENV)/bin/python -m depthlm_training.smoke
 
 env: $(READY)
+
+# The exporter pins versions that clash with ours, so it has an environment of its own. It runs on a CPU.
+EDGE_LLM := .venv-edge-llm
+edge-llm: $(EDGE_LLM)/.ready
+
+$(EDGE_LLM)/.ready: config/edge_llm_requirements.txt
+	@echo "Making the environment of Edge-LLM's exporter in $(EDGE_LLM)/ (once, 2 GB):"
+	@rm -rf $(EDGE_LLM) && $(PYTHON) -m venv $(EDGE_LLM)
+	@$(call pip_into,$(EDGE_LLM),$(TORCH),$(TORCH))
+	@$(call pip_into,$(EDGE_LLM),the exporter,-r config/edge_llm_requirements.txt)
+	@touch $@
 
 lint: $(READY)
 	@$(VENV)/bin/python -m ruff --version > /dev/null 2>&1 || { $(call pip_install,ruff,-e '.[lint]' --no-build-isolation); }
@@ -85,5 +97,5 @@ $(READY): setup.py Makefile
 	@touch $@
 
 clean:
-	rm -rf $(VENV) results build install log *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(EDGE_LLM) results build install log *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
