@@ -272,6 +272,15 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch):
             export_onnx(estimator, tmp_path, tmp_path, CAMERA)
 
 
+def test_an_onnxscript_that_is_too_old_is_named(tmp_path, monkeypatch):
+    def export(*args, **kwargs):
+        raise ModuleNotFoundError("No module named 'onnxscript._framework_apis.torch_2_11'")
+
+    monkeypatch.setattr(torch.onnx, "export", export)
+    with pytest.raises(MissingDependencyError, match="too old for torch .*pip install --upgrade onnxscript"):
+        exported("demo", tmp_path / "onnx", CAMERA)
+
+
 def test_a_graph_that_answers_otherwise_is_refused_with_the_figure(demo, tmp_path):
     folder, _ = demo
     model = onnx.load(str(folder / GRAPH_FILE))

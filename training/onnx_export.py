@@ -146,6 +146,7 @@ def write_graph(graph: DenseGraph, size: tuple[int, int], path: Path, told: dict
 
     Raises:
         ModelError: it can't be exported.
+        MissingDependencyError: onnxscript is too old.
     """
     import onnx
 
@@ -165,6 +166,12 @@ def write_graph(graph: DenseGraph, size: tuple[int, int], path: Path, told: dict
             _strip(program.model)
             program.model.metadata_props.update(told)
             program.save(str(path), external_data=bytes_ > _EMBEDDED_BYTES)
+        except ImportError as error:
+            # Each torch looks for a part of onnxscript that bears a version's name.
+            raise MissingDependencyError(
+                f"onnxscript {metadata.version('onnxscript')} is too old for torch {torch.__version__} ({error}); run: "
+                "pip install --upgrade onnxscript"
+            ) from error
         except (torch.onnx.errors.OnnxExporterError, RuntimeError) as error:
             raise ModelError(
                 f"torch {torch.__version__} can't export the graph ({type(error).__name__}: {_first_line(error)}); "
