@@ -31,7 +31,7 @@ class Device:
         }  # fmt: skip
         self.environment: dict[str, str] = {"HOME": str(root / "home")}
         self.commands: set[str] = set()
-        self.modules = {"cv2"}
+        self.modules = {"cv2", "tensorrt"}
         self.space: tuple[int, int] = (500_000_000_000, 300_000_000_000)
         self.shm: tuple[int, int] = (8_000_000_000, 8_000_000_000)
         (root / "home").mkdir()

@@ -67,7 +67,7 @@ def test_containers(board: str) -> None:
     }  # no ADD, which would take URLs  # fmt: skip
     (base,) = (rest for name, rest in found if name == "FROM")
     assert re.fullmatch(r"nvcr\.io/nvidia/[a-z]+:\d\d\.\d\d-py3", base), base
-    # From the 5th month of 2026 on these images hold TensorRT 11, which JetPack 7.2 does not support.
+    # Later images (26.07 for one) hold a TensorRT 11 that JetPack does not support.
     assert base.rsplit(":", 1)[1] < "26.05"
     user = [rest for name, rest in found if name == "USER"]
     assert user == ["$USER_ID"] and names.index("USER") > max(i for i, name in enumerate(names) if name == "RUN")

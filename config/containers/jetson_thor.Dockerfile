@@ -1,4 +1,4 @@
-# depth_node on Jetson Thor with JetPack 7.1 or 7.2: TensorRT, PyTorch of NVIDIA's own image, ROS 2 Jazzy.
+# depth_node on Jetson Thor with JetPack 7.2 (Jetson Linux 39.2): TensorRT and PyTorch of NVIDIA's image, ROS 2 Jazzy.
 #
 # Nobody has built or run this file on a Jetson yet: it is put together from what its parts' owners and users report.
 #
@@ -21,7 +21,7 @@
 # closed to that user, add --group-add video --group-add "$(getent group render | cut -d: -f3)".
 #
 # The base is the one that TensorRT Edge-LLM's own Dockerfile takes for Thor; its PyTorch has code for compute
-# capability 11.0. Newer images hold TensorRT 11, which JetPack supports from 11.4.1 on only.
+# capability 11.0. Later images (26.07 has 11.1) hold TensorRT 11, which JetPack supports from 11.4.1 on only.
 FROM nvcr.io/nvidia/pytorch:26.04-py3
 
 ARG DEBIAN_FRONTEND=noninteractive

@@ -87,7 +87,8 @@ def examine(options: Options, world: World | None = None) -> Page:
             sections += _ros_sections(world, options, probe.result(), heard)
         camera = topics.camera_heard(heard.facts) if heard is not None and heard.facts else None
         checks = [("the model", lambda: model.check_model(world, options.model, options.engine, camera))]
-        sections += [section("Model", checks), section("Disk", [("the disk", lambda: storage.check_disk(world))])]
+        disk = [("the disk", lambda: storage.check_disk(world, options.ros))]
+        sections += [section("Model", checks), section("Disk", disk)]
     return Page(tuple(sections), world.machine.as_dict())
 
 

@@ -16,14 +16,19 @@ MODEL_BYTES = 20e9
 LOG_BYTES = 0.2e9
 
 
-def check_disk(world: World) -> Iterable[Finding]:
-    """Caches and the folder of logs: writable, and with room."""
+def check_disk(world: World, with_ros: bool = True) -> Iterable[Finding]:
+    """Caches and the folder of logs: writable, and with room.
+
+    Args:
+        world: the machine.
+        with_ros: whether logs of ROS count.
+    """
     cache = Path(world.environment.get("XDG_CACHE_HOME") or os.path.join(world.environment.get("HOME", "~"), ".cache"))
     places = [
         ("models from the hub", hub_folder(world), MODEL_BYTES),
         ("parity records and engines", cache.expanduser() / "depthlm_ros", LOG_BYTES),
     ]
-    logs = ros_log_folder(world)
+    logs = ros_log_folder(world) if with_ros else None
     if logs is not None:
         places.append(("logs of ROS", logs, LOG_BYTES))
     for what, path, wanted in places:
@@ -31,7 +36,8 @@ def check_disk(world: World) -> Iterable[Finding]:
         while not folder.exists():
             folder = folder.parent
         if not os.access(folder, os.W_OK):
-            yield fail(
+            # rclpy ends without its logs; what is cached can lie there already.
+            yield (fail if path == logs else warn)(
                 f"{path}, for {what}, can't be written",
                 "give this user the folder, or set HF_HOME, XDG_CACHE_HOME or ROS_LOG_DIR to another",
             )

@@ -121,6 +121,12 @@ def check_tensorrt(world: World, engine: str) -> Iterable[Finding]:
         else:
             yield ok("TensorRT is not installed; only engines tensorrt and edge_llm need it")
         return
+    if engine == "tensorrt" and not world.importable("tensorrt"):
+        yield fail(
+            f"TensorRT {version} is installed, and this Python doesn't find its package tensorrt",
+            "sudo apt install python3-libnvinfer, and make the environment with --system-site-packages; or pip install "
+            f"tensorrt=={version}",
+        )
     known = faults_of(world.machine)
     for fault in known:
         yield warn(
