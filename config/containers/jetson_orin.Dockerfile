@@ -21,8 +21,8 @@
 # closed to that user, add --group-add video --group-add "$(getent group render | cut -d: -f3)".
 #
 # The base: later images of this line (26.07 has 11.1) hold TensorRT 11, which JetPack supports from 11.4.1 on only;
-# those with -igpu ask for a library that JetPack 7.2 no longer has. With this image TensorRT's depth engines came out right on Orin
-# (ika-rwth-aachen/ros2-depth-anything-v3-trt #16; JetPack 6.2).
+# those with -igpu ask for a library that JetPack 7.2 no longer has. With this image TensorRT's depth engines came out
+# right on Orin (ika-rwth-aachen/ros2-depth-anything-v3-trt #16; JetPack 6.2).
 FROM nvcr.io/nvidia/tensorrt:26.03-py3
 
 ARG DEBIAN_FRONTEND=noninteractive
