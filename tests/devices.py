@@ -34,7 +34,7 @@ class Device:
         self.modules = {"cv2", "tensorrt"}
         self.space: tuple[int, int] = (500_000_000_000, 300_000_000_000)
         self.shm: tuple[int, int] = (8_000_000_000, 8_000_000_000)
-        (root / "home").mkdir()
+        (root / "home").mkdir(parents=True)
         (root / "dev/shm").mkdir(parents=True)
         self.file("etc/os-release", 'NAME="Ubuntu"\nVERSION_ID="24.04"\n')
         self.memory(32e9, 28e9)

@@ -135,6 +135,14 @@ def test_a_jetson_in_a_container_that_hides_its_release(tmp_path: Path) -> None:
     assert "in a container" in told(hardware.check_system(world))[0].text
 
 
+def test_engines_that_need_a_gpu(tmp_path: Path) -> None:
+    world = Device(tmp_path).world()
+    for engine, status in (("transformers", NOTE), ("onnxruntime", NOTE), ("tensorrt", FAIL), ("edge_llm", FAIL)):
+        assert one(hardware.check_gpu(world, engine), "no NVIDIA GPU").status == status
+    hidden = jetson(tmp_path / "jetson", THOR, "unknown", "39.2.0", "10.16.2.10", 128).world()
+    assert "--runtime nvidia" in one(hardware.check_gpu(hidden, "tensorrt"), "can't be told").remedy
+
+
 def test_old_jetpack_and_old_python(tmp_path: Path) -> None:
     world = jetson(tmp_path, AGX_ORIN, "tegra234", "35.4.1", "8.5.2", 32).world((3, 8))
     assert one(hardware.check_jetson(world), "JetPack 5 or older").status == FAIL
@@ -512,6 +520,7 @@ def test_models(tmp_path: Path) -> None:
     assert one(check("dmeo"), "dmeo").status == FAIL
     assert "demo" in f"{one(check('dmeo'), 'dmeo')}"
     assert "depthlm export demo" in one(check("demo", "onnxruntime"), "runs exports").remedy
+    assert "--target edge-llm" in one(check("vlm3-depth", "edge_llm"), "runs exports").remedy
     assert "dialect: coordinates" in one(check("demo", "openai"), "asked for dense maps").remedy
     worded = str(words_only(tmp_path / "worded"))
     assert one(check(worded, "tensorrt"), "answers in words only").status == FAIL

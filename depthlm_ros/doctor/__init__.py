@@ -65,7 +65,7 @@ def examine(options: Options, world: World | None = None) -> Page:
                 "Machine",
                 [
                     ("the system", lambda: hardware.check_system(world)),
-                    ("the GPU", lambda: hardware.check_gpu(world)),
+                    ("the GPU", lambda: hardware.check_gpu(world, options.engine)),
                     ("the Jetson", lambda: hardware.check_jetson(world)),
                     ("the memory", lambda: hardware.check_memory(world)),
                     ("PyTorch", lambda: hardware.check_torch(world, torch.result(), options.engine)),

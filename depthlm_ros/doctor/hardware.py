@@ -20,6 +20,8 @@ SIZES = (
     (1.8, "2B in int4"),
 )  # fmt: skip
 
+ON_GPU = ("tensorrt", "tensorrt_llm", "edge_llm")
+
 # get_arch_list is empty where no GPU can be used; the build's own flags are not.
 TORCH_PROBE = """
 import json, torch
@@ -54,8 +56,13 @@ def check_system(world: World) -> Iterable[Finding]:
         )
 
 
-def check_gpu(world: World) -> Iterable[Finding]:
-    """The GPU and its driver."""
+def check_gpu(world: World, engine: str) -> Iterable[Finding]:
+    """The GPU and its driver.
+
+    Args:
+        world: the machine.
+        engine: that shall run.
+    """
     machine = world.machine
     if not machine.gpu and not machine.compute_capability:
         if machine.is_jetson:
@@ -64,7 +71,13 @@ def check_gpu(world: World) -> Iterable[Finding]:
                 "in a container, start it with --runtime nvidia --gpus all; on the board, see whether JetPack is there",
             )
             return
-        yield note("no NVIDIA GPU (nvidia-smi names none): models run on the CPU, which suits the demo model only")
+        if engine in ON_GPU:
+            yield fail(
+                f"no NVIDIA GPU (nvidia-smi names none), engine {engine} needs one",
+                "install NVIDIA's driver; in a container, start it with --gpus all; or use engine onnxruntime or openai",
+            )
+        else:
+            yield note("no NVIDIA GPU (nvidia-smi names none): models run on the CPU, which suits the demo model only")
         return
     driver = f", driver {machine.driver}" if machine.driver else ""
     yield ok(f"GPU {machine.gpu}, compute capability {machine.compute_capability or 'unknown'}{driver}")

@@ -54,6 +54,7 @@ def check_model(world: World, model: str, engine: str, camera: Camera | None) ->
         yield from _view(card, camera)
     if isinstance(source, str):
         yield from _hub(world, card, source)
+        yield from _checkpoint(model, engine)
         return
     try:
         manifest = read_manifest(source)
@@ -63,14 +64,15 @@ def check_model(world: World, model: str, engine: str, camera: Camera | None) ->
     yield from _weights(world, source, manifest)
     if manifest is not None:
         yield from check_export(world, source, manifest, card, engine, camera)
-    elif engine in DENSE_ENGINES:
-        yield fail(
-            f"engine {engine} runs exports, and {source} is a checkpoint",
-            f"depthlm export {model} FOLDER --target onnx, then --model FOLDER",
-        )
-    elif engine == "edge_llm":
-        yield fail("engine edge_llm runs exports, and this is a checkpoint",
-                   f"depthlm export {model} FOLDER --target edge-llm, then --model FOLDER")  # fmt: skip
+    else:
+        yield from _checkpoint(model, engine)
+
+
+def _checkpoint(model: str, engine: str) -> Iterable[Finding]:
+    target = next((name for name in ("onnx", "edge-llm") if engine in TARGETS[name]), "")
+    if target:
+        yield fail(f"engine {engine} runs exports, and {model} is a checkpoint",
+                   f"depthlm export {model} FOLDER --target {target} --camera CALIBRATION.yaml, then --model FOLDER")  # fmt: skip
 
 
 def _card(card: ModelCard) -> Iterable[Finding]:

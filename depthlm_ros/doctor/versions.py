@@ -214,6 +214,8 @@ def check_edge_llm(world: World, child: Child | None, engine: str) -> Iterable[F
     program = world.commands("llm_inference") or world.environment.get("LLM_INFERENCE", "")
     if not version and not wanted and not program and not world.machine.is_jetson:
         return
+    if not world.machine.compute_capability:
+        return  # told already
     mismatch = edge_llm_mismatch(world.machine, world.system, world.python)
     loads = bool(version) and child is not None and child.code == 0
     if loads:
