@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -21,9 +22,11 @@ import pytest
 import torch
 from checkpoints import PIXTRAL_TEMPLATE, make_checkpoint
 from conftest import foreign_environment
+from safetensors.torch import load_file, save_file
 
 from depthlm_ros.camera import Camera
 from depthlm_ros.cards import load_card
+from depthlm_ros.engines.checkpoint import HEAD_PREFIX
 from depthlm_ros.engines.options import EngineOptions
 from depthlm_ros.engines.served.engine import load_served
 from depthlm_ros.errors import EngineError
@@ -168,12 +171,22 @@ def test_transformers_serve_may_go_and_come_back(transformers_serve, llava):
         engine.close()
 
 
+def without_head(source: Path, folder: Path) -> Path:
+    """A copy without the depth head: vLLM refuses weights that it has no place for."""
+    shutil.copytree(source, folder, dirs_exist_ok=True)
+    weights = load_file(source / "model.safetensors")
+    kept = {name: tensor for name, tensor in weights.items() if not name.startswith(HEAD_PREFIX)}
+    assert len(kept) < len(weights)
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
 @pytest.fixture(scope="module")
 def vllm(tmp_path_factory) -> Iterator[Peer]:
     executable = os.environ.get("DEPTHLM_VLLM", "")
     if not executable:
         pytest.skip("DEPTHLM_VLLM is not set: set it to vLLM's executable")
-    _, folder = load_card("demo")
+    folder = without_head(Path(load_card("demo")[1]), tmp_path_factory.mktemp("demo"))
     command = [executable, "serve", str(folder), "--served-model-name", "demo", "--dtype", "float32",
                "--max-model-len", "1024", "--generation-config", "vllm", "--block-size", "32",
                "--limit-mm-per-prompt", '{"image": 1, "video": 0}']  # fmt: skip
