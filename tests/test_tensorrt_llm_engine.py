@@ -294,6 +294,23 @@ def test_what_it_cannot_run_is_refused_with_a_remedy(llava_checkpoint, qwen3_vl_
         load(qwen3_vl_checkpoint)
 
 
+def test_a_format_that_this_gpu_does_not_run_is_refused(qwen3_vl_checkpoint, installed, tmp_path, monkeypatch):
+    installed()
+    folder = tmp_path / "fp8"
+    shutil.copytree(qwen3_vl_checkpoint, folder)
+    (folder / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "FP8"}}', encoding="utf-8")
+    for capability, runs in (("8.6", False), ("8.9", True), ("13.0", True), ("", True)):
+        here = Machine(gpu="some", compute_capability=capability)
+        monkeypatch.setattr("depthlm_ros.engines.tensorrt_llm_engine.this_machine", lambda here=here: here)
+        if runs:
+            engine = load(folder)
+            assert engine.info.dtype == "fp8"
+            engine.close()
+        else:
+            with pytest.raises(ConfigError, match="8.6.*int4_awq"):
+                load(folder)
+
+
 def test_without_the_package_the_message_has_the_line_that_installs_it(qwen3_vl_checkpoint, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorrt_llm", None)
     with pytest.raises(MissingDependencyError, match="pip install tensorrt_llm.*serve.sh"):

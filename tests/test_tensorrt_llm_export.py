@@ -24,6 +24,7 @@ from depthlm_ros.cards import load_card
 from depthlm_ros.engines.checkpoint import open_checkpoint, open_processor
 from depthlm_ros.engines.options import EngineOptions
 from depthlm_ros.engines.processor import PromptProcessor
+from depthlm_ros.engines.tensorrt_llm_contract import PARAMETERS, SERVE_OPTIONS
 from depthlm_ros.engines.tensorrt_llm_formats import check_format, generation_of, stored_format
 from depthlm_ros.errors import ConfigError, DialectError, EngineError, ModelError
 from depthlm_ros.estimator import Estimator
@@ -131,6 +132,16 @@ def test_limits_hold_the_longest_question_and_no_more(folder, out):
     assert settings["max_seq_len"] < 2 * 1024 + grid[0] * grid[1]
 
 
+def test_only_recorded_options_are_said(tmp_path, out):
+    export(make_checkpoint(tmp_path / "small", "qwen3_vl", dense_head=False), out)
+    settings = yaml.safe_load((out / "llm_api.yaml").read_text())
+    assert set(settings) <= set(PARAMETERS["LLM"].known)
+    assert set(settings["kv_cache_config"]) <= set(PARAMETERS["KvCacheConfig"].known)
+    lines = [line for line in (out / SERVE_FILE).read_text().splitlines() if not line.startswith("#")]
+    said = {word for line in lines for word in line.split() if word.startswith("--") and word != "--"}
+    assert said and said <= set(SERVE_OPTIONS)
+
+
 def test_serving_is_one_line_and_stays_on_this_host(folder, out, tmp_path):
     export(folder, out, gpu="L4")
     serve = out / SERVE_FILE
@@ -146,7 +157,7 @@ def test_serving_is_one_line_and_stays_on_this_host(folder, out, tmp_path):
     assert "such as L4" in serve.read_text()
 
 
-def test_weights_in_the_right_format_are_linked(qwen3_vl_checkpoint, tmp_path, out):
+def test_weights_in_the_right_format_are_linked(tmp_path, out):
     folder = make_checkpoint(tmp_path / "own", "qwen3_vl", dense_head=False)
     weights = {name: value.bfloat16() for name, value in load_file(folder / "model.safetensors").items()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
@@ -310,9 +321,22 @@ def test_quantised_weights_are_taken_as_they_are(tmp_path, out):
     folder = make_checkpoint(tmp_path / "small", "qwen3_vl", dense_head=False)
     other = quantised(folder, tmp_path / "fp8")
     manifest = export(folder, out, precision="fp8", gpu="L4", quantised=other)
-    assert manifest.precision == "fp8" and "quantised" in manifest.extra["notes"][0]
+    assert manifest.precision == "fp8" and "quantised" in manifest.extra["notes"][-1]
     assert (out / "model.safetensors").samefile(other / "model.safetensors")
     assert stored_format(out) == "fp8"
+
+
+def test_quantised_weights_need_the_published_names(tmp_path, out):
+    folder = make_checkpoint(tmp_path / "small", "qwen2_5_vl", dense_head=False)
+    with pytest.raises(ModelError, match="model.language_model.*quantise what depthlm export"):
+        export(folder, out, precision="fp8", quantised=quantised(folder, tmp_path / "fp8"))
+    shutil.rmtree(out)
+    out.mkdir()
+    laid = tmp_path / "laid"
+    laid.mkdir()
+    export(folder, laid)
+    manifest = export(folder, out, precision="fp8", quantised=quantised(laid, tmp_path / "again"))
+    assert manifest.precision == "fp8" and json.loads((out / "config.json").read_text())["torch_dtype"] == "bfloat16"
 
 
 def test_quantised_folders_that_do_not_fit_are_refused(tmp_path, out):

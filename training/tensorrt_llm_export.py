@@ -15,6 +15,7 @@ import yaml
 
 from depthlm_ros import __version__
 from depthlm_ros.camera import Camera
+from depthlm_ros.engines.base import ImageGrid
 from depthlm_ros.engines.checkpoint import Checkpoint, open_checkpoint, open_processor
 from depthlm_ros.engines.processor import PromptProcessor
 from depthlm_ros.engines.tensorrt_llm_engine import check_architecture
@@ -33,7 +34,7 @@ from depthlm_ros.manifest import Manifest, sha256_of
 from depthlm_ros.parity import default_frames
 from depthlm_ros.prompts import compact_question, coordinates_question, marker_question
 from depthlm_training.edge_llm_sizes import Sizes, plan_sizes
-from depthlm_training.tensorrt_llm_layout import Weights, link, write_small_files, write_weights
+from depthlm_training.tensorrt_llm_layout import Weights, link_weights, write_small_files, write_weights
 
 SERVE_FILE = "serve.sh"
 # A block of the cache (KvCacheConfig.tokens_per_block) is never shared by halves.
@@ -109,7 +110,7 @@ def export_tensorrt_llm(
         weights = write_weights(checkpoint, out, precision)
         check_answers(estimator, checkpoint, out, camera, precision if weights.lossy else "")
     else:
-        notes, weights = _take_quantised(quantised, out), Weights(True, True, ())
+        notes, weights = _take_quantised(quantised, out, estimator.engine.grid), Weights(True, True, ())
     if weights.left_out:
         notes.append(f"the depth head ({len(weights.left_out)} weights) was left out: TensorRT-LLM has none")
     sizes = plan_sizes(estimator, out, camera, dialects)
@@ -202,14 +203,15 @@ def _chosen_format(checkpoint: Checkpoint, precision: str, gpu: str, quantised: 
     return found
 
 
-def _take_quantised(folder: Path, out: Path) -> list[str]:
-    """Links a folder of the Model Optimizer, which is in the form that TensorRT-LLM documents, as it is."""
+def _take_quantised(folder: Path, out: Path, grid: ImageGrid) -> list[str]:
+    """Lays out what the Model Optimizer wrote: small files as for any checkpoint, weights as they are."""
     checkpoint = open_checkpoint(folder)
-    PromptProcessor(checkpoint)
-    for path in sorted(folder.iterdir()):
-        if path.suffix in (".json", ".jinja", ".txt", ".model", ".safetensors") and path.is_file():
-            link(path, out / path.name)
-    return [f"weights are those of {folder.name}, quantised; no CPU runs them, so that only a GPU can check them"]
+    link_weights(checkpoint, out)
+    text = checkpoint.config.get("text_config") or checkpoint.config
+    told = (text.get(key) or checkpoint.config.get(key) for key in ("dtype", "torch_dtype"))
+    notes = write_small_files(checkpoint, out, next(filter(None, told), "bfloat16"), grid)
+    PromptProcessor(open_processor(out))
+    return [*notes, f"weights are those of {folder.name}, quantised: only a GPU can check what they answer"]
 
 
 def _write_settings(model: str, sizes: Sizes, out: Path, max_batch_size: int, gpu_memory: float, gpu: str) -> None:

@@ -172,6 +172,33 @@ def write_weights(checkpoint: Checkpoint, out: Path, precision: str) -> Weights:
     return Weights(linked, lossy, tuple(left_out))
 
 
+def link_weights(checkpoint: Checkpoint, out: Path) -> None:
+    """Links weights that must stay as they are, such as quantised ones.
+
+    Args:
+        checkpoint: whose names are the published ones.
+        out: folder to link them into.
+
+    Raises:
+        ModelError: names that TensorRT-LLM doesn't read.
+    """
+    others = [
+        name
+        for name in checkpoint.shapes
+        if name.startswith(HEAD_PREFIX) or _published(name, checkpoint.architecture) != name
+    ]
+    if others:
+        raise ModelError(
+            f"{checkpoint.name} holds {sorted(others)[0]}, a name that TensorRT-LLM doesn't read; quantise what "
+            "depthlm export --target tensorrt-llm makes of the checkpoint, without `quantised`"
+        )
+    for shard in set(checkpoint.shards.values()):
+        link(shard, out / shard.name)
+    index = checkpoint.folder / _INDEX
+    if index.is_file():
+        shutil.copyfile(index, out / _INDEX)
+
+
 def link(source: Path, target: Path) -> None:
     """One more name for a file, or a copy where the file system has no such thing, as between two of them."""
     try:

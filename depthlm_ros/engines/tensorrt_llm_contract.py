@@ -11,6 +11,7 @@ NVIDIA/TensorRT-LLM. Recorded here:
 - references_committed/request_output.yaml at 224469b0966fe633902b9e58591722cc5bfb2d3c;
   references/request_output.yaml at 26eface3a13843581383c5049fd832577ed0c177 (`abort`)
 - references_committed/completion_output.yaml at 0c6a62a1d7ca643ceeaa3413b6833e164d324667
+- references/trtllm_serve_cli.yaml at 029e223d527d2ff453062555f7aef86517a2847c
 - `KvCacheConfig` and `LLM.preprocess` are in no such file; they stand as `tensorrt_llm/llmapi/llm_args.py` and `llm.py`
   of the 1.2 and 1.3 series have them.
 """
@@ -128,6 +129,10 @@ MEMBERS = {
     ),
 }
 """Methods, properties and fields by class."""
+
+
+SERVE_OPTIONS = ("--host", "--port", "--config", "--extra_llm_api_options", "--no-telemetry", "--log_level")
+"""Of `trtllm-serve`, as far as they are of use here; 1.2 is certain to know `--extra_llm_api_options`."""
 
 
 def check_contract(module: ModuleType) -> list[str]:

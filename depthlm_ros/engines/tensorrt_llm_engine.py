@@ -25,7 +25,7 @@ from depthlm_ros.engines.options import EngineOptions
 from depthlm_ros.engines.processor import PromptProcessor
 from depthlm_ros.engines.tensorrt_llm_backend import LlmBackend
 from depthlm_ros.engines.tensorrt_llm_contract import MODULE, RECORDED_FOR, check_contract, parameters
-from depthlm_ros.engines.tensorrt_llm_formats import PLAIN, check_format, stored_format
+from depthlm_ros.engines.tensorrt_llm_formats import PLAIN, check_format, is_known, stored_format
 from depthlm_ros.engines.tensorrt_llm_settings import (
     MAX_BATCH,
     SETTINGS_FILE,
@@ -75,7 +75,8 @@ def load_tensorrt_llm(source: str | Path, card: ModelCard, options: EngineOption
     check_architecture(checkpoint)
     stored = stored_format(checkpoint.folder)
     if stored:
-        check_format(stored, checkpoint.architecture, this_machine().compute_capability)
+        here = this_machine().compute_capability
+        check_format(stored, checkpoint.architecture, here if is_known(here) else "")
     api, version = _api()
     processor = PromptProcessor(checkpoint, card.system_text)
     own = read_settings(checkpoint.folder)

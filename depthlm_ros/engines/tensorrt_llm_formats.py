@@ -108,6 +108,11 @@ def generation_of(gpu: str) -> Generation:
     )
 
 
+def is_known(capability: str) -> bool:
+    """Whether a compute capability is of one of `GENERATIONS`; later GPUs aren't."""
+    return any(capability in generation.capabilities for generation in GENERATIONS)
+
+
 def check_format(name: str, architecture: str, gpu: str = "") -> None:
     """Makes sure that a model can run in a format.
 
