@@ -74,7 +74,7 @@ def check_gpu(world: World, engine: str) -> Iterable[Finding]:
         if engine in ON_GPU:
             yield fail(
                 f"no NVIDIA GPU (nvidia-smi names none), engine {engine} needs one",
-                "install NVIDIA's driver; in a container, start it with --gpus all; or use engine onnxruntime or openai",
+                "install NVIDIA's driver; in a container, start it with --gpus all; or use onnxruntime or openai",
             )
         else:
             yield note("no NVIDIA GPU (nvidia-smi names none): models run on the CPU, which suits the demo model only")

@@ -71,8 +71,10 @@ def check_model(world: World, model: str, engine: str, camera: Camera | None) ->
 def _checkpoint(model: str, engine: str) -> Iterable[Finding]:
     target = next((name for name in ("onnx", "edge-llm") if engine in TARGETS[name]), "")
     if target:
-        yield fail(f"engine {engine} runs exports, and {model} is a checkpoint",
-                   f"depthlm export {model} FOLDER --target {target} --camera CALIBRATION.yaml, then --model FOLDER")  # fmt: skip
+        yield fail(
+            f"engine {engine} runs exports, and {model} is a checkpoint",
+            f"depthlm export {model} FOLDER --target {target} --camera CALIBRATION.yaml, then --model FOLDER",
+        )
 
 
 def _card(card: ModelCard) -> Iterable[Finding]:
