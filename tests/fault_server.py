@@ -14,6 +14,7 @@ import math
 import re
 import select
 import socket
+import ssl
 import struct
 import threading
 import time
@@ -37,6 +38,7 @@ _FIELDS = {
     "edge-llm": _COMMON | {"top_k", "guided_decoding", "reuse_context", "enable_thinking"},
     "transformers": _COMMON | {"generation_config", "chat_template_kwargs"},
 }
+_GUIDE_FIELDS = {"trtllm-serve": "response_format", "vllm": "structured_outputs", "edge-llm": "guided_decoding"}
 _OWNERS = {"trtllm-serve": "tensorrt_llm", "vllm": "vllm", "edge-llm": "tensorrt-edgellm", "generic": "somebody"}
 
 
@@ -53,6 +55,10 @@ class FaultServer:
         tells: whether it tells probabilities.
         refuses: fields that get a 400 although the dialect has them.
         delay_s: seconds that an answer takes.
+        owner: what it says of a model's owner; None for what servers of its dialect say.
+        lists: whether it can list its models.
+        guide_field: name of the field that it takes a guide from; None for that of its dialect.
+        schema: what it says on /openapi.json; None for nothing.
         key: that is wanted; None for none.
         most: questions it has room for, the next gets a 429; None for any number.
         requests: what it was asked, in order: the JSON of each question.
@@ -68,6 +74,10 @@ class FaultServer:
         self.retry_after: float | None = 1.0
         self.guides = self.tells = True
         self.refuses: set[str] = set()
+        self.owner: str | None = None
+        self.lists = True
+        self.guide_field: str | None = None
+        self.schema: dict | None = None
         self.delay_s = 0.0
         self.key: str | None = None
         self.most: int | None = None
@@ -78,12 +88,13 @@ class FaultServer:
         self.under_way = self.busiest = 0
         self.lock = threading.Lock()
         self._port = 0
+        self._scheme = "http"
         self._http: ThreadingHTTPServer | None = None
         self._open: set[socket.socket] = set()
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self._port}"
+        return f"{self._scheme}://127.0.0.1:{self._port}"
 
     def start(self) -> FaultServer:
         """Listens; on the same port as before."""
@@ -104,6 +115,11 @@ class FaultServer:
         self._port = self._http.server_address[1]
         threading.Thread(target=self._http.serve_forever, args=(0.02,), daemon=True).start()
         return self
+
+    def secure(self, context: ssl.SSLContext) -> None:
+        """Speaks TLS from now on."""
+        self._scheme = "https"
+        self._http.socket = context.wrap_socket(self._http.socket, server_side=True)
 
     def stop(self) -> None:
         """Stops listening and drops every connection, as a process does that is killed."""
@@ -184,6 +200,9 @@ class _Handler(BaseHTTPRequestHandler):
             return
         if self.path.startswith("/v1") and not self._may_enter():
             return
+        if self.path == "/v1/models" and not side.lists:
+            self._send(500, b"Internal Server Error", "text/plain")
+            return
         page = self._page()
         self._json(200 if page is not None else 404, page if page is not None else {"detail": "Not Found"})
 
@@ -213,7 +232,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _page(self) -> Any:
         side = self.server_side
-        owner = _OWNERS.get(side.dialect)
+        owner = side.owner if side.owner is not None else _OWNERS.get(side.dialect)
+        if self.path == "/openapi.json":
+            return side.schema
         if self.path == "/v1/models":
             # transformers serve lists what lies in the hub's cache.
             card = {"id": side.model, "object": "model", "created": 1, "owned_by": owner}
@@ -273,11 +294,9 @@ class _Handler(BaseHTTPRequestHandler):
         form = asked.get("response_format")
         if form and (form.get("type") != "regex" or side.dialect != "trtllm-serve"):
             raise _Refuse(400, "response_format: unknown type")
-        guide = {
-            "trtllm-serve": (form or {}).get("regex", ""),
-            "vllm": asked.get("structured_outputs", {}).get("regex", ""),
-            "edge-llm": asked.get("guided_decoding", {}).get("regex", ""),
-        }.get(side.dialect, "")
+        field = side.guide_field or _GUIDE_FIELDS.get(side.dialect, "")
+        guide = asked.get(field, "")
+        guide = guide.get("regex", "") if isinstance(guide, dict) else guide
         images, texts = [], []
         for message in asked["messages"]:
             content = message["content"]

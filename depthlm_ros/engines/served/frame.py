@@ -154,7 +154,8 @@ class Frame:
         if self._answered % _CALM_ANSWERS == 0 and self._server.busy < self._server.most:
             self._server.busy += 1
         self._ready.extend(question.follows)
-        question.follows = ()
+        for picture in question.pictures:
+            picture.release()
 
     def _later(self, question: Question, error: Again) -> None:
         """Puts a question back, or gives the server up."""
@@ -221,7 +222,7 @@ class Frame:
     def _judge_late(self, now: float, how: str) -> NoReturn:
         """Gives the frame up; and the server, unless it only was asked for too much, or too late."""
         deadline = self._limits.deadline
-        if deadline is not None and now >= deadline and (self._answered or not self._is_silent(now)):
+        if deadline is not None and now >= deadline - _GRACE_S and (self._answered or not self._is_silent(now)):
             done = sum(reply is not None for reply in self._replies)
             raise EngineError(
                 f"{self._server.name} had answered {done} of {len(self._replies)} questions when the frame became too "

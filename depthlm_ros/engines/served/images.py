@@ -29,6 +29,7 @@ class Picture:
         self._image = image
         self._kind = kind
         self._url: bytes | None = None
+        self._uses = 0
         self._lock = threading.Lock()
 
     @property
@@ -42,6 +43,16 @@ class Picture:
             if self._url is None:
                 self._url = f"data:image/{self._kind};base64,".encode() + base64.b64encode(self._encode())
             return self._url
+
+    def use(self) -> None:
+        """A question will be put about it."""
+        self._uses += 1
+
+    def release(self) -> None:
+        """A question about it has been answered; after the last one the URL is given up."""
+        self._uses -= 1
+        if self._uses == 0:
+            self._url = None
 
     def _encode(self) -> bytes:
         height, width = self._image.shape[:2]
@@ -72,4 +83,5 @@ def pictures_of(shown: Sequence[tuple[np.ndarray, ...]], kind: str) -> list[tupl
     for image in (image for images in shown for image in images):
         if id(image) not in known:
             known[id(image)] = Picture(image, kind)
+        known[id(image)].use()
     return [tuple(known[id(image)] for image in images) for images in shown]

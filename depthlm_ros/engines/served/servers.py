@@ -18,6 +18,8 @@ SILENCE_S = 2.0
 # A server that failed is asked a short question with this much patience at first, and twice as much each time after.
 TRIAL_S = 3.0
 LONGEST_REST_S = 5.0
+# What a server said a while ago, and nobody has asked since, is no news.
+_NEWS_S = 10.0
 # How many answers the usual time of an answer is taken from.
 _REMEMBERED = 32
 
@@ -43,7 +45,8 @@ class Server:
         self._most = concurrency
         self._lock = threading.Lock()
         self._down: tuple[str, float] | None = ("has not been asked yet", time.monotonic())
-        self._trouble: tuple[str, float] | None = None
+        # What it said, since when, and when last.
+        self._trouble: tuple[str, float, float] | None = None
         self._waiting_since: float | None = None
         self._took_s: deque[float] = deque(maxlen=_REMEMBERED)
         self._ignored = ""
@@ -107,7 +110,7 @@ class Server:
             said.append(f"{self.name} has been out of use for {now - down[1]:.0f} s: {down[0]}")
         elif waiting is not None and now - waiting >= self.patience_s:
             said.append(f"{self.name} has not answered for {now - waiting:.0f} s")
-        elif trouble is not None:
+        elif trouble is not None and now - trouble[2] < _NEWS_S:
             said.append(f"{self.name} {trouble[0]}, for {now - trouble[1]:.0f} s")
         said += [f"{self.name} {text}" for text in (*(self.peer.warnings if self.peer else ()), self._ignored) if text]
         return said
@@ -163,7 +166,8 @@ class Server:
     def struggles(self, what: str) -> None:
         """It said that it can't answer now, and is asked again."""
         with self._lock:
-            self._trouble = what, self._trouble[1] if self._trouble else time.monotonic()
+            now = time.monotonic()
+            self._trouble = what, self._trouble[1] if self._trouble else now, now
 
     def ignores(self, text: str) -> None:
         """An answer didn't keep to its guide."""

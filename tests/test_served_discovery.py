@@ -1,0 +1,176 @@
+"""Who answers at a URL, by what it tells and by what it does; and the ways there: proxies, private authorities."""
+
+from __future__ import annotations
+
+import shutil
+import ssl
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+from fault_server import FaultServer
+
+from depthlm_ros.bench.served_overhead import compare, main
+from depthlm_ros.cards import load_card
+from depthlm_ros.engines.options import EngineOptions
+from depthlm_ros.engines.served.engine import load_served, open_served
+from depthlm_ros.errors import EngineError, MissingDependencyError
+
+IMAGE = np.zeros((64, 64, 3), np.uint8)
+
+
+def load(url: str, **options):
+    card, source = load_card("demo")
+    return load_served(source, card, EngineOptions(server_urls=(url,), **options))
+
+
+def version(server: FaultServer, **options) -> str:
+    engine = load(server.url, **options)
+    engine.close()
+    return engine.info.version
+
+
+@pytest.mark.parametrize(
+    ("schema", "dialect"),
+    [
+        ({"info": {"title": "TensorRT Edge LLM Server"}, "paths": {}}, "edge-llm"),
+        ({"paths": {"/health_generate": {}}}, "trtllm-serve"),
+        ({"paths": {"/v1/chat/completions/batch": {}}}, "vllm"),
+        ({"paths": {"/v1/systemone": {}}}, "transformers"),
+        ({"paths": {"/v1/chat/completions": {}}}, "generic"),
+        ({"paths": None, "info": []}, "generic"),
+        (None, "generic"),
+    ],
+)
+def test_a_server_that_does_not_name_itself_is_known_by_its_pages(schema, dialect):
+    with FaultServer("generic") as server:
+        server.schema = schema
+        assert version(server, server_model="small").startswith(dialect)
+
+
+def test_the_dialect_can_be_given():
+    with FaultServer("trtllm-serve") as server:
+        server.owner = "somebody"
+        assert version(server, server_dialect="trtllm-serve") == "trtllm-serve 1.3.0"
+        assert server.requests[-1]["response_format"]["type"] == "regex"
+
+
+def test_an_older_vllm_gets_the_guide_that_it_knows():
+    with FaultServer("vllm") as server:
+        server.guide_field = "guided_regex"
+        engine = load(server.url)
+        assert engine.complaints == ()
+        assert engine.answer_shared(IMAGE, ["?"], 8, expects="It is {number} m.")[0].text.startswith("It is ")
+        engine.close()
+    assert "guided_regex" in server.requests[-1]
+
+
+def test_the_guide_of_an_unknown_server_is_found_by_trying():
+    with FaultServer("generic") as server:
+        server.guide_field = "guided_decoding"
+        engine = load(server.url)
+        assert engine.answer_shared(IMAGE, ["?"], 8, expects="It is {number} m.")[0].text.startswith("It is ")
+        engine.close()
+    assert any("guided_decoding" in reason for reason in engine.info.reasons)
+
+
+def test_a_server_that_cannot_list_its_models_is_asked_by_the_name_given():
+    with FaultServer("transformers") as server:
+        server.lists = False
+        assert version(server, server_model="small") == "transformers"
+        with pytest.raises(EngineError, match="server_model"):
+            load(server.url)
+
+
+def test_a_name_that_is_not_listed_is_an_error_with_those_that_are():
+    with FaultServer() as server, pytest.raises(EngineError, match="'other'; it lists small"):
+        load(server.url, server_model="other")
+
+
+def test_no_more_at_once_than_the_server_has_room_for():
+    with FaultServer("edge-llm") as server:
+        server.most = 5
+        engine = load(server.url, server_concurrency=32)
+        server.delay_s = 0.05
+        engine.answer_shared(IMAGE, [str(n) for n in range(24)], 8)
+        assert engine.complaints == () and server.busiest <= 5
+        engine.close()
+
+
+def test_a_proxy_is_not_asked_about_a_neighbour(monkeypatch):
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    with FaultServer() as server:
+        assert version(server)
+
+
+def test_without_httpx_the_line_that_installs_it_is_told(monkeypatch):
+    for name in ("httpx2", "httpx"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(MissingDependencyError, match="pip install"):
+        load("http://localhost:1")
+
+
+@pytest.fixture
+def secure(tmp_path):
+    """A server with a certificate that only an authority of its own vouches for; and the authority's file."""
+    if shutil.which("openssl") is None:
+        pytest.skip("openssl isn't there to make a certificate")
+    certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    made = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes",
+            "-keyout", str(key), "-out", str(certificate), "-days", "2", "-subj", "/CN=robot",
+            "-addext", "subjectAltName=IP:127.0.0.1"]  # fmt: skip
+    subprocess.run(made, check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    with FaultServer() as server:
+        server.secure(context)
+        yield server, certificate
+
+
+def test_a_private_authority_is_trusted_where_it_is_named_and_nowhere_else(secure, monkeypatch):
+    server, certificate = secure
+    monkeypatch.delenv("SSL_CERT_FILE", raising=False)
+    with pytest.raises(EngineError, match="(?i)certificate"):
+        load(server.url)
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    engine = load(server.url, server_timeout_s=1.0)
+    assert engine.answer_shared(IMAGE, ["?"], 8)[0].text
+    # Breaking off wakes a read over TLS, too.
+    server.fault = "hang"
+    began = time.monotonic()
+    engine.deadline = began + 0.4
+    with pytest.raises(EngineError):
+        engine.answer_shared(IMAGE, [str(n) for n in range(8)], 8)
+    assert time.monotonic() - began < 3.0
+    engine.close()
+    while [thread for thread in threading.enumerate() if thread.name.startswith("served")]:
+        assert time.monotonic() - began < 10.0, "a thread of the engine outlives it"
+        time.sleep(0.02)
+
+
+def test_the_overhead_is_measured_in_turns():
+    card, source = load_card("demo")
+    with FaultServer() as server:
+        server.delay_s = 0.02
+        served = open_served(source, card, EngineOptions(server_urls=(server.url,), server_concurrency=4))
+        try:
+            before = len(server.requests)
+            found = compare(served, card, server.url, points=12, rounds=2, size=(96, 64), concurrency=4)
+        finally:
+            served.backend.close()
+        assert len(server.requests) - before == 3 * 2 * 12
+    # Twelve questions, four at once, 20 ms each: none can be faster than 200 a second.
+    assert all(0 < rate <= 200 for rate in (*found.engine_rates, *found.direct_rates))
+    assert len(found.ratios) == 2 and "ratio" in str(found)
+    # Both sides had sent the very same bytes but for the image and the order.
+    last = server.requests[before:]
+    assert {frozenset(asked) for asked in last} == {frozenset(last[0])}
+
+
+def test_the_command_says_why_it_cannot_measure(capsys):
+    assert main(["http://127.0.0.1:9", "--rounds", "1"]) == 1
+    assert "127.0.0.1:9" in capsys.readouterr().err
