@@ -619,6 +619,11 @@ def test_parity_records_count_where_they_were_made(tmp_path: Path) -> None:
     assert one(check(replace(record, passed=False)), "FAILED").status == FAIL
     elsewhere = replace(record, machine={**here, "l4t": "36.4.3"})
     assert "1 checks of other" in one(check(elsewhere), "has not proved itself").text
+    runtime = replace(record, engine="onnxruntime", version="onnxruntime 1.31.1 CPUExecutionProvider")
+    export_again(folder, device, here, (runtime,))
+    for version, part in (("1.31.1", "parity on this machine"), ("1.32.0", "has not proved itself")):
+        device.versions["onnxruntime"] = version
+        one(model.check_model(device.world(), str(folder), "onnxruntime", None), part)
     (folder / "reference").rmdir()
     assert one(check(elsewhere), "no reference answers").status == WARN
 

@@ -11,6 +11,7 @@ from depthlm_ros.camera import Camera
 from depthlm_ros.cards import UNKNOWN_LICENCE, load_card
 from depthlm_ros.doctor.hardware import BESIDE_MODEL, GB, memory_for_models
 from depthlm_ros.doctor.page import Finding, fail, note, ok, warn
+from depthlm_ros.doctor.versions import ONNXRUNTIMES
 from depthlm_ros.doctor.world import World
 from depthlm_ros.errors import DepthLMError
 from depthlm_ros.manifest import (
@@ -250,10 +251,16 @@ def _camera(manifest: Manifest, camera: Camera | None) -> Iterable[Finding]:
 
 def _parity(world: World, folder: Path, manifest: Manifest, engine: str) -> Iterable[Finding]:
     here = world.machine.as_dict()
+    # Versions of TensorRT are the machine's; of the others, the record says what its engine said.
+    runtimes = {"onnxruntime": ONNXRUNTIMES, "edge_llm": ("tensorrt-edgellm",), "tensorrt_llm": ("tensorrt-llm",)}
+    installed = next(filter(None, map(world.version, runtimes.get(engine, ()))), "")
     records = [
         record
         for record in parity_records(manifest)
-        if record.engine == engine and record.files == manifest.digest and dict(record.machine) == here
+        if record.engine == engine
+        and record.files == manifest.digest
+        and dict(record.machine) == here
+        and installed in record.version
     ]
     if not records:
         elsewhere = sum(record.engine == engine for record in parity_records(manifest))
