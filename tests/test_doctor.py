@@ -584,6 +584,7 @@ def test_exports(tmp_path: Path) -> None:
     assert "depthlm build" in one(check(export(tmp_path / "unbuilt", device)), "no TensorRT plan").remedy
     (good / "model.onnx").write_bytes(b"grapf")
     assert one(check(good), "sha256").status == FAIL
+    assert not [finding for finding in check(good) if "proved itself" in finding.text]
     (good / "model.onnx").unlink()
     assert one(check(good), "lacks model.onnx").status == FAIL
     (good / "engine.json").write_text("{")

@@ -10,7 +10,7 @@ from typing import Any
 from depthlm_ros.camera import Camera
 from depthlm_ros.cards import UNKNOWN_LICENCE, load_card
 from depthlm_ros.doctor.hardware import BESIDE_MODEL, GB, memory_for_models
-from depthlm_ros.doctor.page import Finding, fail, note, ok, warn
+from depthlm_ros.doctor.page import FAIL, Finding, fail, note, ok, warn
 from depthlm_ros.doctor.versions import ONNXRUNTIMES
 from depthlm_ros.doctor.world import World
 from depthlm_ros.errors import DepthLMError
@@ -180,7 +180,8 @@ def check_export(
     if engine not in engines:
         yield fail(f"engine {engine} doesn't run exports for {manifest.target}",
                    f"use engine {' or '.join(engines)}")  # fmt: skip
-    yield from _files(folder, manifest)
+    files = list(_files(folder, manifest))
+    yield from files
     yield from _refusal(check_built, manifest, world.machine)
     yield from _refusal(check_card, manifest, card.focal_px, card.policy)
     if manifest.built is None and engine == "tensorrt":
@@ -188,6 +189,8 @@ def check_export(
     if engine == "edge_llm":
         yield from _edge_engines(folder)
     yield from _camera(manifest, camera)
+    if any(finding.status == FAIL for finding in files):
+        return  # what these files once answered says nothing any more
     yield from _parity(world, folder, manifest, engine)
 
 
