@@ -239,9 +239,9 @@ class PromptProcessor:
         written = ["".join(self.tokenizer.convert_ids_to_tokens(self._placeholders(grid))) for grid in grids_hw]
         return header + "".join(tokens + part for tokens, part in zip(written, parts, strict=True))
 
-    def prompt_text(self, question: str, images: int = 1) -> str:
-        """The prompt as text with one placeholder an image, for programs that write placeholders out themselves."""
-        return self._chat_text(question, images)
+    def prompt_texts(self, questions: Sequence[str], images: int = 1) -> list[str]:
+        """Prompts as texts with one placeholder an image, for programs that write placeholders out themselves."""
+        return self._chat_texts(questions, images)
 
     def _chat_texts(self, questions: Sequence[str], images: int) -> list[str]:
         """`_chat_text` of each question; the template is rendered for a few of them where it only frames a text."""

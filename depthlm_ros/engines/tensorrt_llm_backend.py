@@ -90,14 +90,16 @@ class LlmBackend:
             asks: the questions.
             salt: requests with another salt share no blocks of the cache with these.
         """
-        pictures: dict[int, Image.Image] = {}
+        shown = {id(image): image for one in asks for image in one.images}
+        pictures = {key: Image.fromarray(image) for key, image in shown.items()}
+        texts = self._texts(asks)
         jobs, leads, seen = [], set(), set()
         for index, one in enumerate(asks):
-            for image in one.images:
-                pictures.setdefault(id(image), Image.fromarray(image))
-            shown = [pictures[id(image)] for image in one.images]
-            jobs.append(_Job(index, self._inputs(one, shown), self._sampling(one), salt + _shapes(one)))
             group = tuple(id(image) for image in one.images)
+            inputs: dict[str, Any] = {"prompt": texts[index]}
+            if group:
+                inputs["multi_modal_data"] = {"image": [pictures[key] for key in group]}
+            jobs.append(_Job(index, inputs, self._sampling(one), salt + _shapes(one)))
             if group not in seen:
                 seen.add(group)
                 leads.add(index)
@@ -118,9 +120,15 @@ class LlmBackend:
             llm, self._llm = self._llm, None
             llm.shutdown()
 
-    def _inputs(self, ask: Ask, images: list[Image.Image]) -> dict[str, Any]:
-        text = self._processor.prompt_text(ask.question, len(images))
-        return {"prompt": text, "multi_modal_data": {"image": images}} if images else {"prompt": text}
+    def _texts(self, asks: Sequence[Ask]) -> list[str]:
+        """The prompt of each, by the checkpoint's chat template."""
+        texts = [""] * len(asks)
+        for count in {len(one.images) for one in asks}:
+            rows = [index for index, one in enumerate(asks) if len(one.images) == count]
+            written = self._processor.prompt_texts([asks[row].question for row in rows], count)
+            for row, text in zip(rows, written, strict=True):
+                texts[row] = text
+        return texts
 
     def _sampling(self, ask: Ask) -> Any:
         told: dict[str, Any] = {
