@@ -49,9 +49,9 @@ def as_transformers_5_saves(folder):
     return folder
 
 
-def write_card(folder, dialects):
+def write_card(folder, dialects, name="small"):
     card = {
-        "name": "small",
+        "name": name,
         "source": "small",
         "licence": "mit",
         "commercial_use": True,
@@ -155,6 +155,14 @@ def test_serving_is_one_line_and_stays_on_this_host(folder, out, tmp_path):
         "1", str(out), "--host", "127.0.0.1", "--port", "8000", "--extra_llm_api_options", str(out / "llm_api.yaml"),
         "--port", "8001"]  # fmt: skip
     assert "such as L4" in serve.read_text()
+
+
+def test_a_name_cannot_write_lines_of_the_script(tmp_path, out):
+    folder = make_checkpoint(tmp_path / "small", "qwen3_vl", dense_head=False)
+    write_card(folder, ["coordinates"], name="small\ntouch /tmp/owned\n")
+    export(folder, out)
+    assert not any(line.startswith("touch") for line in (out / SERVE_FILE).read_text().splitlines())
+    assert yaml.safe_load((out / "llm_api.yaml").read_text())["max_beam_width"] == 1
 
 
 def test_weights_in_the_right_format_are_linked(tmp_path, out):

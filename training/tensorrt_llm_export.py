@@ -224,6 +224,8 @@ def _write_settings(model: str, sizes: Sizes, out: Path, max_batch_size: int, gp
         max_batch_size=max_batch_size,
         gpu_memory=gpu_memory,
     )
+    # In comments of a script a name must not begin a line of its own.
+    model, gpu = " ".join(model.split()), " ".join(gpu.split())
     head = SETTINGS_HEAD.format(
         model=model,
         serve=SERVE_FILE,
