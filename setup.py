@@ -18,7 +18,7 @@ COMPAT = ["math-verify[antlr4_13_2]==0.9.0"]
 # torch.utils.tensorboard writes through the first; adapters are the second.
 TRAIN = ["tensorboard>=2.17", "peft>=0.18"]
 # Graphs are exported by the first two and run by the third, which on a robot is the one for its accelerator.
-EXPORT = ["onnx>=1.18", "onnxscript>=0.5", "onnxruntime>=1.20"]
+EXPORT = ["onnx>=1.18", "onnxscript>=0.6", "onnxruntime>=1.20"]
 VERSION = re.search(r'^__version__ = "(.+)"$', Path(NAME, "__init__.py").read_text(encoding="utf-8"), re.M).group(1)
 
 # Named one by one: a checkpoint that somebody keeps under models/ must not end up in a wheel.

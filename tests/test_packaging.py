@@ -31,6 +31,8 @@ IMPORT_NAMES = {"opencv-python-headless": "cv2", "pillow": "PIL", "pyyaml": "yam
 # Imported only where they happen to be installed, so nothing may demand them.
 OPTIONAL_IMPORTS = {"cv_bridge", "sensor_msgs_py", "torchvision", "huggingface_hub", "math_verify"}
 OPTIONAL_IMPORTS |= {"peft", "trl", "datasets"}
+# `google` is protobuf, which comes with onnx.
+OPTIONAL_IMPORTS |= {"onnx", "onnxscript", "onnxruntime", "tensorrt", "tensorrt_llm", "tensorrt_edgellm", "google"}
 
 
 def run(*command: str | Path, cwd: Path, **environment: str) -> str:
