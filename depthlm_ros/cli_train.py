@@ -117,6 +117,9 @@ def _add_export(commands) -> None:
     engine.add_argument("--bag", type=Path, help="a recording of the same camera; its frames are compared as well")
     engine.add_argument("--gpu", default="", help="that a tensorrt-llm engine is for, such as H100 or sm90")
     engine.add_argument(
+        "--quantised", type=Path, metavar="FOLDER", help="what Model Optimizer made of a tensorrt-llm export"
+    )
+    engine.add_argument(
         "--exporter", default="", help="of edge-llm: tensorrt-edgellm-export, or the Python of its environment"
     )
     add_camera_arguments(parser, "give --camera, or --size with --fx or --fov-deg; an engine is for one camera")
@@ -146,7 +149,12 @@ def _export(arguments: argparse.Namespace) -> int:
         print(f"its answers differ from the run's by {made.difference:.1e} of their spread")
         return 0
     options = TargetOptions(
-        arguments.precision, arguments.reference_dtype, arguments.bag, arguments.gpu, arguments.exporter
+        arguments.precision,
+        arguments.reference_dtype,
+        arguments.bag,
+        arguments.gpu,
+        arguments.exporter,
+        arguments.quantised,
     )
     manifest = export_target(arguments.source, arguments.out, arguments.target, _camera(arguments), options)
     print(f"wrote {arguments.out}: {manifest.target} in {manifest.precision}, dialects {', '.join(manifest.dialects)}")

@@ -47,6 +47,7 @@ class TargetOptions:
         bag: recording whose frames are added to the rendered ones; of the same camera.
         gpu: that a TensorRT-LLM engine is for, such as "H100" or "sm90"; empty for any.
         exporter: Edge-LLM's exporter or the Python of its environment; empty looks for it.
+        quantised: folder that NVIDIA's Model Optimizer made of a TensorRT-LLM export; None for none.
     """
 
     precision: str = ""
@@ -54,6 +55,7 @@ class TargetOptions:
     bag: Path | None = None
     gpu: str = ""
     exporter: str = ""
+    quantised: Path | None = None
 
 
 def export_target(
@@ -122,7 +124,7 @@ def _own(target: str, options: TargetOptions) -> dict[str, Any]:
     """What only one target is told."""
     if target == "edge-llm":
         return {"executable": options.exporter or None}
-    return {"gpu": options.gpu} if target == "tensorrt-llm" else {}
+    return {"gpu": options.gpu, "quantised": options.quantised} if target == "tensorrt-llm" else {}
 
 
 def _add_small_files(source: Path, made: Path) -> None:
