@@ -19,6 +19,9 @@ LLM_INPUTS = (
     "rope_rotary_cos_sin positions query_start_offsets query_lengths past_lengths attention_sequence_lengths "
     "state_indices execution_phase_marker context_sequence_count_carrier kv_page_table logits_indices"
 ).split()
+SETTINGS = (
+    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim"
+).split()
 VISUAL_INPUTS = {
     "qwen3_vl": "rotary_pos_emb cu_seqlens max_seqlen_carrier fast_pos_embed_idx fast_pos_embed_weight".split(),
     "qwen2_5_vl": (
@@ -30,14 +33,13 @@ VISUAL_INPUTS = {
 def write_export(folder: Path, checkpoint: Path, version: str = "0.11.0") -> Path:
     """Writes `llm/` and `visual/` for a checkpoint of `tests/checkpoints.py`."""
     config = json.loads((checkpoint / "config.json").read_text())
-    text, vision = config["text_config"], config["vision_config"]
+    text, vision = config.get("text_config", config), config["vision_config"]
     deep = len(vision.get("deepstack_visual_indexes", ()))
     tokens = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
     llm = {
         "edgellm_version": version,
         "num_deepstack_features": deep,
-        **{name: text[name] for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_key_value_heads")},
-        "head_dim": text["head_dim"],
+        **{name: text[name] for name in SETTINGS},
         **{name: config[name] for name in tokens},
     }
     visual = {
@@ -94,3 +96,12 @@ def sides(path: Path) -> tuple[dict[str, list], dict[str, list]]:
         {v.name: [s.dim_param or s.dim_value for s in v.type.tensor_type.shape.dim] for v in values}
         for values in (graph.input, graph.output)
     )
+
+
+def flatten(checkpoint: Path) -> None:
+    """Rewrites config.json as the first Qwen2.5-VL checkpoints have it, without a text_config."""
+    path = checkpoint / "config.json"
+    config = json.loads(path.read_text())
+    text = config.pop("text_config")
+    text.pop("model_type")
+    path.write_text(json.dumps({**text, **config}))

@@ -58,6 +58,15 @@ _VISUAL_INPUTS = {
         "reverse_window_index",
     },
 }
+_ALIKE = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "rms_norm_eps",
+)
 _FILES = {
     "llm": ("config.json", "embedding.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
     "visual": ("config.json", "preprocessor_config.json"),
@@ -107,9 +116,14 @@ def check_export(folder: Path, config: dict[str, Any]) -> str:
             f"the exporter is TensorRT Edge-LLM {version}; graphs of {', '.join(SUPPORTED)} are known here. Install "
             "the version of config/edge_llm_requirements.txt"
         )
-    _check_configs(folder, config, llm, visual)
-    _check_llm(read_graph(folder / "llm" / GRAPH), llm)
-    _check_visual(read_graph(folder / "visual" / GRAPH), config, llm)
+    try:
+        _check_configs(folder, config, llm, visual)
+        _check_llm(read_graph(folder / "llm" / GRAPH), llm)
+        _check_visual(read_graph(folder / "visual" / GRAPH), config, llm)
+    except (KeyError, IndexError) as error:
+        raise ModelError(
+            f"{folder}: a config.json or a graph of the export lacks {error}, which the runtime reads; export again"
+        ) from error
     return version
 
 
@@ -150,8 +164,9 @@ def _check_external(path: Path, tensor: onnx.TensorProto) -> None:
 
 
 def _check_configs(folder: Path, config: dict[str, Any], llm: dict[str, Any], visual: dict[str, Any]) -> None:
-    text = config["text_config"]
-    for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_key_value_heads"):
+    # Of the first Qwen2.5-VL checkpoints the language model's settings lie beside the others.
+    text = config.get("text_config", config)
+    for name in _ALIKE:
         _same(f"llm/config.json {name}", llm.get(name), text.get(name, llm.get(name)))
     for name in ("image_token_id", "vision_start_token_id", "vision_end_token_id"):
         for part, told in (("llm", llm), ("visual", visual)):

@@ -120,7 +120,7 @@ def _manifest(
     staged: Staged,
     version: str,
 ) -> Manifest:
-    card = estimator.card
+    card, model = estimator.card, estimator.engine.info.model
     warnings = []
     if staged.dtypes != ("float16",):
         warnings.append(
@@ -138,7 +138,7 @@ def _manifest(
     return Manifest(
         target="edge-llm",
         model=card.name,
-        source=checkpoint.folder.name,
+        source=checkpoint.folder.name if Path(model).is_dir() else model,
         source_sha256={path.name: sha256_of(path) for path in sorted(set(checkpoint.shards.values()))},
         made=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         versions={

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 from pathlib import Path
 
 from depthlm_ros.engines.edge_llm_command import TookTooLong, last_lines, run_command
@@ -79,7 +80,8 @@ def run_exporter(program: Path, checkpoint: Path, out: Path, timeout_s: float = 
             f"memory. Its last lines:\n{last_lines(str(error))}"
         ) from None
     if status != 0:
-        raise EngineError(f"{PROGRAM} failed with exit status {status}. Its last lines:\n{last_lines(told)}")
+        killed = " (killed, as the kernel does where memory is short)" if status == -signal.SIGKILL else ""
+        raise EngineError(f"{PROGRAM} failed with exit status {status}{killed}. Its last lines:\n{last_lines(told)}")
 
 
 def _program(path: Path) -> Path | None:
