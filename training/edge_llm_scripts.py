@@ -19,7 +19,7 @@ _BUILD = r"""#!/usr/bin/env bash
 #
 # Then let the node use them, which first compares their answers with reference/:
 #
-#     depthlm parity THIS_FOLDER --engine edge_llm
+#     depthlm parity THIS_FOLDER THIS_FOLDER --engine edge_llm
 #     ros2 launch depthlm_ros depthlm.launch.py model:=THIS_FOLDER engine:=edge_llm
 #
 # llm_build and visual_build come from a source build of NVIDIA/TensorRT-Edge-LLM v@VERSION@ on this device; have them
