@@ -204,6 +204,30 @@ def test_another_server_takes_over_and_the_preferred_one_comes_back(running, ser
     within(process, TOLD_S, lambda: robot.cloud_since(back), "its cloud")
 
 
+def test_a_question_that_waits_is_told_while_it_waits_and_does_not_hold_up_the_end(ros_domain, model):
+    with FaultServer("trtllm-serve") as server:
+        process = NodeProcess(
+            node_command(
+                f"model:={model}", "engine:=openai", f"server_urls:={server.url}", f"points:={POINTS}",
+                "cpu_threads:=1", "server_timeout_s:=600.0",
+            )
+        )  # fmt: skip
+        robot = Robot()
+        try:
+            within(process, PATIENCE_S, lambda: bool(robot.clouds), "the first cloud")
+            server.fault = "hang"
+            failed = time.monotonic()
+            silent = f"{server.url} has not answered for"
+            within(process, TOLD_S, lambda: robot.told_since(failed, silent), "the word about the silence")
+        finally:
+            robot.close()
+            began = time.monotonic()
+            status = process.stop()
+        assert status == 0, process.log
+        assert time.monotonic() - began < BACK_S
+    assert "Traceback" not in process.log
+
+
 def test_without_a_server_the_node_ends_with_the_reason(ros_domain, model):
     done = subprocess.run(
         node_command(f"model:={model}", "engine:=openai", "server_urls:=http://127.0.0.1:9"),

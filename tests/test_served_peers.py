@@ -9,6 +9,7 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -79,12 +80,23 @@ class Peer:
                 self._process.wait(20.0)
             self._process = None
 
+    def signal(self, what: signal.Signals) -> None:
+        if self._process is not None:
+            self._process.send_signal(what)
+
     def _healthy(self) -> bool:
         try:
             with urllib.request.urlopen(f"{self.url}/health", timeout=2.0) as page:
                 return page.status == 200
         except OSError:
             return False
+
+
+def wait_until_well(engine) -> None:
+    deadline = time.monotonic() + BACK_S
+    while engine.complaints:
+        assert time.monotonic() < deadline, engine.complaints
+        time.sleep(0.1)
 
 
 @pytest.fixture(scope="module")
@@ -150,6 +162,28 @@ def test_transformers_serve_answers_as_transformers_does(transformers_serve, lla
 
 
 @pytest.mark.timeout(600)
+def test_a_process_that_stands_still_is_given_up_and_asked_again_when_it_moves(transformers_serve, llava):
+    card, _ = load_card("demo")
+    options = EngineOptions(server_urls=(transformers_serve.url,), server_model=str(llava), server_timeout_s=ANSWER_S)
+    engine = load_served(llava, card, options)
+    try:
+        before = engine.answer_shared(IMAGE, QUESTIONS, 8)
+        transformers_serve.signal(signal.SIGSTOP)
+        engine.deadline = time.monotonic() + 1.5
+        with pytest.raises(EngineError, match=transformers_serve.url):
+            engine.answer_shared(IMAGE, QUESTIONS, 8)
+        assert any(transformers_serve.url in text for text in engine.complaints)
+        transformers_serve.signal(signal.SIGCONT)
+        engine.deadline = None
+        wait_until_well(engine)
+        again = engine.answer_shared(IMAGE, QUESTIONS, 8)
+        assert [answer.text for answer in again] == [answer.text for answer in before]
+    finally:
+        transformers_serve.signal(signal.SIGCONT)
+        engine.close()
+
+
+@pytest.mark.timeout(600)
 def test_transformers_serve_may_go_and_come_back(transformers_serve, llava):
     card, _ = load_card("demo")
     options = EngineOptions(server_urls=(transformers_serve.url,), server_model=str(llava), server_timeout_s=ANSWER_S)
@@ -161,10 +195,7 @@ def test_transformers_serve_may_go_and_come_back(transformers_serve, llava):
             engine.answer_shared(IMAGE, QUESTIONS, 8)
         assert engine.complaints
         transformers_serve.start()
-        deadline = time.monotonic() + BACK_S
-        while engine.complaints:
-            assert time.monotonic() < deadline, engine.complaints
-            time.sleep(0.1)
+        wait_until_well(engine)
         again = engine.answer_shared(IMAGE, QUESTIONS, 8)
         assert [answer.text for answer in again] == [answer.text for answer in before]
     finally:

@@ -222,17 +222,15 @@ class Frame:
     def _judge_late(self, now: float, how: str) -> NoReturn:
         """Gives the frame up; and the server, unless it only was asked for too much, or too late."""
         deadline = self._limits.deadline
-        if deadline is not None and now >= deadline - _GRACE_S and (self._answered or not self._is_silent(now)):
+        if deadline is not None and now >= deadline - _GRACE_S and (
+            self._answered or not self._server.is_silent(now - self._began)
+        ):
             done = sum(reply is not None for reply in self._replies)
             raise EngineError(
                 f"{self._server.name} had answered {done} of {len(self._replies)} questions when the frame became too "
                 "old; ask fewer points, or raise max_age_s"
             )
         raise Over(how)
-
-    def _is_silent(self, now: float) -> bool:
-        """Whether it has taken longer than it usually does."""
-        return now - self._began > min(self._server.patience_s, self._server.usual_s * 2)
 
     def _break_off(self) -> None:
         """Ends what is under way; nothing of a frame outlives it."""

@@ -15,6 +15,8 @@ from depthlm_ros.errors import EngineError
 PROBE_S = 0.5
 # Nothing heard for this long is worth a warning, unless the server usually takes longer.
 SILENCE_S = 2.0
+# A frame may have so little time left that no server could answer.
+SHORT_S = 1.0
 # A server that failed is asked a short question with this much patience at first, and twice as much each time after.
 TRIAL_S = 3.0
 LONGEST_REST_S = 5.0
@@ -51,6 +53,8 @@ class Server:
         self._took_s: deque[float] = deque(maxlen=_REMEMBERED)
         self._ignored = ""
         self._answers = 0
+        # Frames in a row that became too old without an answer.
+        self._unheard = 0
 
     @property
     def up(self) -> bool:
@@ -78,12 +82,6 @@ class Server:
         """How long nothing may be heard of it without a word about it."""
         took = list(self._took_s)
         return max(SILENCE_S, 2 * statistics.median(took)) if took else SILENCE_S
-
-    @property
-    def usual_s(self) -> float:
-        """How long an answer usually takes; a quarter of a second while nobody knows."""
-        took = list(self._took_s)
-        return statistics.median(took) if took else 0.25
 
     @property
     def has_answered(self) -> bool:
@@ -122,7 +120,7 @@ class Server:
             self.busy = self.most
             self._down = self._trouble = self._waiting_since = None
             self._ignored = ""
-            self._answers = 0
+            self._answers = self._unheard = 0
 
     def relearn(self, peer: Peer) -> None:
         """It refuses something that it seemed to know."""
@@ -155,8 +153,19 @@ class Server:
         with self._lock:
             self._took_s.append(took_s)
             self._answers += 1
+            self._unheard = 0
             self._waiting_since = time.monotonic() if waits else None
             self._trouble = None
+
+    def is_silent(self, waited_s: float) -> bool:
+        """Whether a frame that became too old without one answer is the server's fault.
+
+        Args:
+            waited_s: how long the frame waited for it; a moment says nothing, the second time in a row does.
+        """
+        with self._lock:
+            self._unheard += 1
+            return waited_s >= SHORT_S or self._unheard > 1
 
     def quiet(self) -> None:
         """Nothing is under way any more."""
