@@ -157,6 +157,7 @@ def test_sizes_follow_from_the_camera_and_the_longest_question(checkpoint):
         assert sizes.max_image_tokens_per_image == 972 and sizes.max_image_tokens == 4 * 2 * 972
         assert 2 * 972 + 256 < sizes.prompt_tokens <= sizes.max_input_len < sizes.prompt_tokens + 64
         assert sizes.max_kv_cache_capacity % 128 == 0
+        assert sizes.max_kv_pool_pages == 5 * sizes.max_kv_cache_capacity // 128
         assert sizes.max_kv_cache_capacity >= sizes.max_input_len + estimator.card.max_new_tokens
         few = plan_sizes(estimator, checkpoint, CAMERA, ("coordinates",), question_tokens=0, answer_tokens=16, batch=1)
         assert few.prompt_tokens < sizes.prompt_tokens and few.answer_tokens == 16 and few.max_image_tokens == 2 * 972

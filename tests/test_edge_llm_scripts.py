@@ -11,13 +11,14 @@ from edge_llm_programs import llm_inference, write_program
 from depthlm_training.edge_llm_scripts import write_scripts
 from depthlm_training.edge_llm_sizes import Sizes
 
-SIZES = Sizes(320, 256, 80, 1, 344, 48, 384, 512, 4, 20, 320, 80)
+SIZES = Sizes(320, 256, 80, 1, 344, 48, 384, 512, 4, 20, 320, 80, 20)
 
 BUILDER = """import os, sys
 told = sys.argv[1:]
 if told == ["--help"]:
     print({help!r}, file=sys.stderr)
     sys.exit(0)
+assert os.path.isfile(os.environ["EDGELLM_PLUGIN_PATH"])
 open({log!r}, "a").write(" ".join([os.path.basename(sys.argv[0]), *told]) + "\\n")
 folder = told[told.index("--engineDir") + 1]
 path = os.path.join(folder, {file!r})
@@ -26,10 +27,13 @@ open(path, "w").write({plan!r})
 """
 
 
-def builders(folder: Path, plan: str = "plan", left_out: str = "--nothing") -> Path:
+def builders(folder: Path, plan: str = "plan", left_out: str = "--nothing", more: str = "") -> Path:
+    """llm_build and visual_build in a folder, and the plugin above it; both keep their arguments in `log`."""
     log = str(folder / "log")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder.parent / "libNvInfer_edgellm_plugin.so").write_text("")
     for name, file, flags in (
-        ("llm_build", "llm.engine", "--onnxDir --engineDir --maxInputLen --maxKVCacheCapacity --maxBatchSize"),
+        ("llm_build", "llm.engine", "--onnxDir --engineDir --maxInputLen --maxKVCacheCapacity --maxBatchSize " + more),
         (
             "visual_build",
             "visual/visual.engine",
@@ -61,6 +65,9 @@ def test_the_build_script_hands_the_sizes_to_the_builders(tmp_path):
         "--maxImageTokens 320 --maxImageTokensPerImage 80"
     )
     assert set(json.loads((tmp_path / "engines" / "built_on.json").read_text())) == {"board", "l4t", "tensorrt"}
+    newer = builders(tmp_path / "newer", more="--maxKVPoolPages")
+    assert run(tmp_path / "build_on_device.sh", path=newer).returncode == 0
+    assert "--maxBatchSize 4 --maxKVPoolPages 20\n" in (newer / "log").read_text()
     elsewhere = run(tmp_path / "build_on_device.sh", str(tmp_path / "other"), path=tools)
     assert elsewhere.returncode == 0 and (tmp_path / "other" / "llm.engine").is_file()
 
@@ -70,6 +77,10 @@ def test_the_build_script_says_what_is_wrong(tmp_path):
     script = tmp_path / "build_on_device.sh"
     done = run(script)
     assert done.returncode == 1 and "no llm_build; build the examples" in done.stderr
+    alone = builders(tmp_path / "alone" / "a" / "b" / "c" / "d")
+    (alone.parent / "libNvInfer_edgellm_plugin.so").unlink()
+    done = run(script, path=alone)
+    assert done.returncode == 1 and "no libNvInfer_edgellm_plugin.so above llm_build" in done.stderr
     done = run(script, path=builders(tmp_path / "old", left_out="--maxImageTokensPerImage"))
     assert done.returncode == 1 and "visual_build knows no --maxImageTokensPerImage" in done.stderr
     assert not (tmp_path / "engines").exists()
@@ -86,6 +97,7 @@ def test_the_run_script_answers_a_file(tmp_path):
     assert "INPUT.json OUTPUT.json" in run(script).stderr
     assert "no llm_inference" in run(script, *arguments).stderr
     tools = llm_inference(tmp_path / "tools" / "llm_inference").parent
+    (tmp_path / "libNvInfer_edgellm_plugin.so").write_text("")
     assert "run ./build_on_device.sh first" in run(script, *arguments, path=tools).stderr
     run(tmp_path / "build_on_device.sh", path=builders(tmp_path / "tools"))
     done = run(script, *arguments, path=tools)

@@ -23,7 +23,8 @@ _BUILD = r"""#!/usr/bin/env bash
 #     ros2 launch depthlm_ros depthlm.launch.py model:=THIS_FOLDER engine:=edge_llm
 #
 # llm_build and visual_build come from a source build of NVIDIA/TensorRT-Edge-LLM v@VERSION@ on this device; have them
-# on the PATH, or name them in LLM_BUILD and VISUAL_BUILD. Their plugin library is named by EDGELLM_PLUGIN_PATH.
+# on the PATH, or name them in LLM_BUILD and VISUAL_BUILD. Their plugin library is found above them, or named by
+# EDGELLM_PLUGIN_PATH.
 # The sizes below belong to the camera that this was exported for: images of @WIDTH@x@HEIGHT@ pixels, @TOKENS@ tokens.
 # With builders' defaults larger images would be shrunk without a word, and depth with them.
 set -euo pipefail
@@ -55,6 +56,13 @@ for tool in "$llm_build" "$visual_build"; do
     done
 done
 
+@PLUGIN@
+# Without room in the pool nothing that questions share would outlive a batch; older versions have no pool.
+pool=()
+case "$("$llm_build" --help 2>&1 || true)" in
+    *--maxKVPoolPages*) pool=(--maxKVPoolPages @POOL@) ;;
+esac
+
 # Where it is built, kept beside the engines: plans of another board or TensorRT are refused.
 board="$(tr -d '\0' < /proc/device-tree/model 2> /dev/null || true)"
 l4t="$(sed -n 's/^# R\([0-9]*\) (release), REVISION: \([0-9.]*\).*/\1.\2/p' /etc/nv_tegra_release 2> /dev/null || true)"
@@ -67,7 +75,7 @@ esac
 
 mkdir -p "$engines"
 "$llm_build" --onnxDir "$here/onnx/llm" --engineDir "$engines" \
-    --maxInputLen @MAX_INPUT_LEN@ --maxKVCacheCapacity @MAX_KV@ --maxBatchSize @BATCH@
+    --maxInputLen @MAX_INPUT_LEN@ --maxKVCacheCapacity @MAX_KV@ --maxBatchSize @BATCH@ ${pool[@]+"${pool[@]}"}
 # Writes visual/ into the folder.
 "$visual_build" --onnxDir "$here/onnx/visual" --engineDir "$engines" \
     --minImageTokens @MIN_IMAGE@ --maxImageTokens @MAX_IMAGE@ --maxImageTokensPerImage @PER_IMAGE@
@@ -77,6 +85,25 @@ for file in "$engines/llm.engine" "$engines/visual/visual.engine"; do
 done
 printf '{"board": "%s", "l4t": "%s", "tensorrt": "%s"}\n' "$board" "$l4t" "$tensorrt" > "$engines/built_on.json"
 echo "built in $engines"
+"""
+
+# A source build has its programs in build/examples/ and the plugin in build/.
+_PLUGIN = r"""
+# The tools look for their plugin in build/ of the working directory, unless it is named.
+if [ -z "${EDGELLM_PLUGIN_PATH:-}" ]; then
+    folder="$(dirname "$(readlink -f "$(command -v "@TOOL@")")")"
+    for _ in 1 2 3 4; do
+        if [ -f "$folder/libNvInfer_edgellm_plugin.so" ]; then
+            export EDGELLM_PLUGIN_PATH="$folder/libNvInfer_edgellm_plugin.so"
+            break
+        fi
+        folder="$(dirname "$folder")"
+    done
+fi
+[ -f "${EDGELLM_PLUGIN_PATH:-}" ] || {
+    echo "$0: no libNvInfer_edgellm_plugin.so above @TOOL@; name it in EDGELLM_PLUGIN_PATH" >&2
+    exit 1
+}
 """
 
 _RUN = r"""#!/usr/bin/env bash
@@ -98,6 +125,7 @@ command -v "$llm_inference" > /dev/null || {
     exit 1
 }
 [ -s "$engines/llm.engine" ] || { echo "$0: no engines in $engines; run ./build_on_device.sh first" >&2; exit 1; }
+@PLUGIN@
 flags=()
 case "$("$llm_inference" --help 2>&1 || true)" in
     *--enableContextReuse*) flags+=(--enableContextReuse) ;;
@@ -125,9 +153,11 @@ def write_scripts(out: Path, sizes: Sizes, version: str) -> None:
         "BATCH": sizes.max_batch_size,
         "MIN_IMAGE": sizes.min_image_tokens,
         "MAX_IMAGE": sizes.max_image_tokens,
+        "POOL": sizes.max_kv_pool_pages,
         "PER_IMAGE": sizes.max_image_tokens_per_image,
     }
-    for name, text in ((BUILD, _BUILD), (RUN, _RUN)):
+    for name, text, tool in ((BUILD, _BUILD, "$llm_build"), (RUN, _RUN, "$llm_inference")):
+        text = text.replace("@PLUGIN@\n", _PLUGIN.lstrip().replace("@TOOL@", tool))
         for word, value in said.items():
             text = text.replace(f"@{word}@", str(value))
         path = out / name

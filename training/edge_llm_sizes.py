@@ -52,6 +52,8 @@ class Sizes:
         min_image_tokens: `visual_build --minImageTokens`.
         max_image_tokens: `visual_build --maxImageTokens`: of all images of a batch, which go through the tower at once.
         max_image_tokens_per_image: `visual_build --maxImageTokensPerImage`.
+        max_kv_pool_pages: `llm_build --maxKVPoolPages`, where it knows that: a page is 128 tokens. By default there are
+            just enough for a batch, and nothing that questions share outlives it; here is room for one prompt more.
     """
 
     width: int
@@ -66,6 +68,7 @@ class Sizes:
     min_image_tokens: int
     max_image_tokens: int
     max_image_tokens_per_image: int
+    max_kv_pool_pages: int
 
     def as_dict(self) -> dict[str, int]:
         """By name, for the manifest."""
@@ -120,6 +123,7 @@ def plan_sizes(
             f"up to {answer_tokens}, the model reads {most}; export for a camera with fewer pixels"
         )
     input_len = _up(prompt, 64)
+    capacity = _up(input_len + answer_tokens, _PAGE)
     return Sizes(
         width=shown.shape[1],
         height=shown.shape[0],
@@ -128,12 +132,13 @@ def plan_sizes(
         prompt_tokens=prompt,
         answer_tokens=answer_tokens,
         max_input_len=input_len,
-        max_kv_cache_capacity=_up(input_len + answer_tokens, _PAGE),
+        max_kv_cache_capacity=capacity,
         max_batch_size=batch,
         # Smaller pictures than the camera's can be asked about as well, larger ones not.
         min_image_tokens=max(4, tokens // 4),
         max_image_tokens=max(tokens * images * batch, 8),
         max_image_tokens_per_image=max(tokens, 4),
+        max_kv_pool_pages=(batch + 1) * capacity // _PAGE,
     )
 
 
