@@ -263,6 +263,29 @@ def test_a_refused_question_does_not_take_the_server_out_of_use(engine, server):
     assert engine.complaints == ()
 
 
+def test_a_server_that_refuses_what_it_took_before_is_left_for_another(server, other):
+    engine = load(server, other)
+    try:
+        assert texts(engine) == truth(server)
+        server.refuses = {"temperature"}
+        asked = len(other.requests)
+        assert texts(engine) == truth(other)
+        assert len(other.requests) == asked + len(QUESTIONS)
+        assert complains_of(engine, f"{server.url} has been out of use")
+    finally:
+        engine.close()
+
+
+def test_a_busy_server_is_told_by_what_it_says_and_not_as_silent(engine, server):
+    server.fault, server.retry_after = "429", 0.2
+    asking = threading.Thread(target=lambda: pytest.raises(EngineError, texts, engine))
+    asking.start()
+    wait(lambda: complains_of(engine, "says 429"), TOLD_S, "the complaint")
+    time.sleep(2.1)
+    assert complains_of(engine, "says 429") and not complains_of(engine, "has not answered")
+    asking.join(10.0)
+
+
 def test_a_huge_body_is_given_up_after_four_mebibytes(engine, server):
     assert MOST_ANSWER_BYTES == 4 << 20
     server.fault = "huge"

@@ -194,10 +194,13 @@ class Frame:
             question.tries -= 1
             self._ready.append(question)
             return
-        if question.tries == 1 and self._server.has_answered:
-            # trtllm-serve says 400 to whatever goes wrong while it generates.
-            self._ready.append(question)
-            return
+        if self._server.has_answered:
+            # trtllm-serve says 400 to whatever goes wrong while it generates, and when its engine is dead.
+            if question.tries == 1:
+                self._ready.append(question)
+                return
+            if self._more:
+                raise Over(said)
         self._server.struggles(said)
         raise EngineError(f"{self._server.name} {said}")
 

@@ -177,6 +177,8 @@ class Server:
         with self._lock:
             now = time.monotonic()
             self._trouble = what, self._trouble[1] if self._trouble else now, now
+            # It was heard of.
+            self._waiting_since = None
 
     def ignores(self, text: str) -> None:
         """An answer didn't keep to its guide."""
