@@ -1,7 +1,8 @@
 """What TensorRT Edge-LLM's `llm_inference` reads and writes, as plain values.
 
-Names were read in the documentation of 0.10 and 0.11 (user guide, input format) and in the sources of 0.9.1
-(examples/utils/requestFileParser.cpp, examples/llm/llm_inference.cpp), which ignores fields that it doesn't know.
+Names were read in the documentation of 0.10 and 0.11 (user guide, input format) and in the sources of 0.9.1 and of a
+version with guides and context caches (examples/utils/requestFileParser.cpp, examples/llm/llm_inference.cpp), which
+leave out fields that they don't know.
 """
 
 from __future__ import annotations
