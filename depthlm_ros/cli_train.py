@@ -111,8 +111,9 @@ def _add_export(commands) -> None:
     engine.add_argument(
         "--reference-dtype",
         choices=("float32", "bfloat16", "float16"),
-        default="float32",
-        help="number format in which the checkpoint gives its reference answers (default float32)",
+        default="",
+        help="number format in which the checkpoint gives its reference answers; default: float32 for dense maps, the "
+        "engine's precision for words",
     )
     engine.add_argument("--bag", type=Path, help="a recording of the same camera; its frames are compared as well")
     engine.add_argument("--gpu", default="", help="that a tensorrt-llm engine is for, such as H100 or sm90")

@@ -77,8 +77,10 @@ def _export(folder: Path) -> Manifest:
     """The manifest of an export that a plan can be built of; an older plan is none of its files."""
     manifest = read_manifest(folder)
     if manifest is None or manifest.target != "onnx":
+        if manifest is not None and manifest.target == "edge-llm":
+            raise ModelError(f"{folder} is an export for target 'edge-llm'; run {folder / 'build_on_device.sh'} here")
         seen = f"no {ENGINE_FILE}" if manifest is None else f"an export for target {manifest.target!r}"
-        raise ModelError(f"{folder} has {seen}; make an export: depthlm export MODEL {folder} --target onnx")
+        raise ModelError(f"{folder} has {seen}; make an export: depthlm export MODEL OUT --target onnx")
     files = {name: digest for name, digest in manifest.files.items() if name != PLAN_FILE}
     manifest = replace(manifest, files=files, built=None)
     check_files(folder, manifest)

@@ -157,3 +157,46 @@ def test_a_model_without_a_head_has_no_dense_graph(tmp_path):
         export_target(str(checkpoint), tmp_path / "out", "onnx", CAMERA)
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / CARD_FILE).exists()
+
+
+def reference_of(depth_m, texts=(), dialect: str = "compact"):
+    from depthlm_ros.parity import Asked, Reference
+
+    asked = Asked(0, dialect, np.zeros((len(depth_m), 2), np.float32), np.asarray(depth_m, np.float32), tuple(texts))
+    return Reference("demo", "a test", (), (asked,))
+
+
+def test_fewer_bits_may_change_last_digits_and_not_what_is_measured():
+    from depthlm_ros.errors import EngineError
+    from depthlm_training.export_targets import agreement
+
+    depths = np.geomspace(1, 9, 100)
+    texts = [f"{d:.2f}" for d in depths]
+    few = [*texts[:90], *(f"{d + 0.05:.2f}" for d in depths[90:])]
+    told = agreement(reference_of(depths, texts), reference_of([float(t) for t in few], few), "float16")
+    assert told["compact"]["same_answers"] == 0.9 and told["compact"]["median_error"] < 0.01
+    with pytest.raises(EngineError, match="in float16 the checkpoint itself answers otherwise.*scale 1.02"):
+        agreement(reference_of(depths, texts), reference_of(depths * 1.02, texts), "float16")
+    with pytest.raises(EngineError, match="missing"):
+        broken = np.where(np.arange(100) < 5, np.nan, depths)
+        agreement(reference_of(depths, texts), reference_of(broken, texts), "float16")
+
+
+@pytest.mark.parametrize(
+    ("dialects", "precision", "dtype"),
+    [
+        (("dense",), "float16", "float32"),
+        (("coordinates",), "float16", "float16"),
+        (("coordinates",), "float32", "float32"),
+        (("marker",), "fp8", "bfloat16"),
+    ],
+)
+def test_words_are_compared_in_the_engine_s_own_number_format(dialects, precision, dtype):
+    from depthlm_ros.manifest import Manifest
+    from depthlm_training.export_targets import reference_dtype
+
+    manifest = Manifest(
+        target="onnx", model="demo", source="demo", source_sha256={}, made="2026-01-01", versions={},
+        precision=precision, dialects=dialects, focal_px=200.0, policy="exact", image={},
+    )  # fmt: skip
+    assert reference_dtype(manifest) == dtype
