@@ -59,9 +59,10 @@ class Picture:
         if height * width > MOST_PIXELS:
             raise ImageError(f"an image of {width}x{height} pixels is too large for a server; most are {MOST_PIXELS}")
         if self._kind == "jpeg":
-            # Colours in full: markers are a few pixels wide.
             flags = [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY]
-            flags += [cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444]
+            if hasattr(cv2, "IMWRITE_JPEG_SAMPLING_FACTOR_444"):
+                # Colours in full: markers are a few pixels wide. OpenCV 4.5 can't.
+                flags += [cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444]
         else:
             # The server is in the same house: a quick pass beats a small file.
             flags = [cv2.IMWRITE_PNG_COMPRESSION, 1]
