@@ -49,6 +49,7 @@ class FaultServer:
         dialect: whose server it pretends to be.
         model: the name that it lists.
         fault: one of `FAULTS`, "" for none; may be changed at any time.
+        times: how often it fails, after which it is well; None for ever.
         everywhere: whether the fault is in every page and not only in the answers to questions.
         retry_after: what a 429 says in its header; None for nothing.
         guides: whether guides are kept to; a server without a guided-decoding backend takes and drops them.
@@ -62,6 +63,7 @@ class FaultServer:
         key: that is wanted; None for none.
         most: questions it has room for, the next gets a 429; None for any number.
         requests: what it was asked, in order: the JSON of each question.
+        sent_away: how many got a 429 for want of room.
         prompts: the text of each.
         said: the answer to each.
         busiest: most questions that were under way at once.
@@ -71,6 +73,7 @@ class FaultServer:
     def __init__(self, dialect: str = "vllm", model: str = "small") -> None:
         self.dialect, self.model = dialect, model
         self.fault, self.everywhere = "", False
+        self.times: int | None = None
         self.retry_after: float | None = 1.0
         self.guides = self.tells = True
         self.refuses: set[str] = set()
@@ -85,7 +88,7 @@ class FaultServer:
         self.prompts: list[str] = []
         self.said: list[str] = []
         self.pages: list[str] = []
-        self.under_way = self.busiest = 0
+        self.under_way = self.busiest = self.sent_away = 0
         self.lock = threading.Lock()
         self._port = 0
         self._scheme = "http"
@@ -215,6 +218,7 @@ class _Handler(BaseHTTPRequestHandler):
             side.under_way += 1
             side.busiest = max(side.busiest, side.under_way)
             full = side.most is not None and side.under_way > side.most
+            side.sent_away += full
         try:
             if full:
                 self._json(429, self._error(429, "server overloaded"), {"Retry-After": "1"})
@@ -357,7 +361,11 @@ class _Handler(BaseHTTPRequestHandler):
         """Fails as it was told; False where that fault is gone again."""
         side = self.server_side
         good = self._completion("1.00", {"logprobs": True})
-        fault = side.fault
+        with side.lock:
+            fault = side.fault
+            if fault and side.times is not None:
+                side.times -= 1
+                side.fault = fault if side.times > 0 else ""
         if fault == "hang":
             self._rest(3600.0)
             self.close_connection = True
