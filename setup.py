@@ -90,6 +90,8 @@ setup(
             *COMPAT,
             *TRAIN,
             *EXPORT,
+            # A server of others to be asked.
+            "transformers[serving]",
         ],
         "export": EXPORT,
         "train": TRAIN,

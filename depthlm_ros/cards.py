@@ -60,7 +60,9 @@ def shipped_cards() -> dict[str, Path]:
     return {path.stem: path for path in sorted(models_dir().glob("*.yaml"))}
 
 
-def load_card(model: str | os.PathLike[str], *, commercial_use: bool = False) -> tuple[ModelCard, Path | str]:
+def load_card(
+    model: str | os.PathLike[str], *, commercial_use: bool = False, weights: bool = True
+) -> tuple[ModelCard, Path | str]:
     """Finds a model by name, folder or hub id, and checks that its weights can be used.
 
     1. The name of a shipped card ("demo", "vlm3-depth"), or the hub id that one of them names.
@@ -71,6 +73,7 @@ def load_card(model: str | os.PathLike[str], *, commercial_use: bool = False) ->
     Args:
         model: name, folder or hub id.
         commercial_use: whether the answers serve a commercial purpose.
+        weights: whether a folder has to hold them; not where a server has.
 
     Returns:
         The card, and where the weights are: a folder that holds config.json and safetensors, or a hub id.
@@ -83,14 +86,14 @@ def load_card(model: str | os.PathLike[str], *, commercial_use: bool = False) ->
     model = os.fspath(model)
     cards = shipped_cards()
     if model in cards:
-        return _load_named(cards[model], commercial_use)
+        return _load_named(cards[model], commercial_use, weights)
     folder = Path(model).expanduser()
     if folder.is_dir():
-        return _load_folder(folder, commercial_use)
+        return _load_folder(folder, commercial_use, weights)
     if _HUB_ID.fullmatch(model) and not folder.parent.is_dir():
         for path in cards.values():
             if read_card(path).source == model:
-                return _load_named(path, commercial_use)
+                return _load_named(path, commercial_use, weights)
         card = _recognise(hub_config(model), name=model.partition("/")[2], source=model)
         _check_licence(card, commercial_use)
         return card, model
@@ -99,12 +102,12 @@ def load_card(model: str | os.PathLike[str], *, commercial_use: bool = False) ->
     raise ModelError(f"{unknown_choice('model', model, cards)}; a folder or a hub id organisation/name will do too")
 
 
-def _load_named(path: Path, commercial_use: bool) -> tuple[ModelCard, Path | str]:
+def _load_named(path: Path, commercial_use: bool, weights: bool) -> tuple[ModelCard, Path | str]:
     card = read_card(path)
     _check_licence(card, commercial_use)
     folder = path.parent / card.source
     if folder.is_dir():
-        return _checked(card, folder), folder
+        return _checked(card, folder, weights), folder
     if not card.released:
         raise ModelError(
             f"the weights of {card.name!r} have not been released; to use weights of your own with this card, put them "
@@ -115,14 +118,15 @@ def _load_named(path: Path, commercial_use: bool) -> tuple[ModelCard, Path | str
     raise ModelError(f"{folder} doesn't exist, though card {path} names it; fetch or train the model first")
 
 
-def _load_folder(folder: Path, commercial_use: bool) -> tuple[ModelCard, Path]:
+def _load_folder(folder: Path, commercial_use: bool, weights: bool) -> tuple[ModelCard, Path]:
     for path in (folder / CARD_FILE, folder.resolve().parent / f"{folder.resolve().name}.yaml"):
         if path.is_file():
             card = read_card(path)
             _check_licence(card, commercial_use)
-            return _checked(card, folder), folder
+            return _checked(card, folder, weights), folder
     config = folder_config(folder)
-    check_weights(folder)
+    if weights:
+        check_weights(folder)
     head = depth_head(folder) or config.get("depth_head_type")
     card = _recognise(config, name=folder.resolve().name, source=str(folder), head=head)
     _check_licence(card, commercial_use)
@@ -144,14 +148,14 @@ def _check_licence(card: ModelCard, commercial_use: bool) -> None:
     )
 
 
-def _checked(card: ModelCard, folder: Path) -> ModelCard:
+def _checked(card: ModelCard, folder: Path, weights: bool) -> ModelCard:
     """The card, once its folder is known to hold what the card says."""
     seen = folder_config(folder).get("model_type")
     if seen != card.architecture:
         raise ModelError(
             f"{folder}/config.json has model_type {seen!r} but its card says {card.architecture!r}; correct one of them"
         )
-    if not (folder / ENGINE_FILE).is_file():
+    if weights and not (folder / ENGINE_FILE).is_file():
         # An export has none, or others; its manifest names the sha256 of what it has.
         check_weights(folder)
         check_sha256(folder, card.sha256)

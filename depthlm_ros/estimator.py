@@ -130,7 +130,7 @@ class Estimator:
             EngineError: no server answers.
             MissingDependencyError: the engine's package isn't there.
         """
-        card, source = load_card(model, commercial_use=commercial_use)
+        card, source = load_card(model, commercial_use=commercial_use, weights=engine != "openai")
         if depth_kind is not None:
             card = replace(card, depth_kind=depth_kind)
         _dialect(card, dialect)

@@ -174,3 +174,21 @@ def test_the_overhead_is_measured_in_turns():
 def test_the_command_says_why_it_cannot_measure(capsys):
     assert main(["http://127.0.0.1:9", "--rounds", "1"]) == 1
     assert "127.0.0.1:9" in capsys.readouterr().err
+
+
+def test_a_robot_that_only_asks_needs_no_weights(tmp_path):
+    from checkpoints import make_checkpoint
+
+    from depthlm_ros.errors import ModelError
+    from depthlm_ros.estimator import Estimator
+
+    folder = make_checkpoint(tmp_path / "small", "qwen3_vl", dense_head=False)
+    for path in folder.glob("*.safetensors*"):
+        path.unlink()
+    with FaultServer("vllm") as server:
+        options = EngineOptions(server_urls=(server.url,))
+        with Estimator.load(str(folder), engine="openai", options=options) as estimator:
+            assert estimator.engine.info.engine == "openai"
+            assert "unproven" in estimator.complaints[0]
+    with pytest.raises(ModelError, match="safetensors"):
+        Estimator.load(str(folder), device="cpu")

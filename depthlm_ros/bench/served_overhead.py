@@ -3,9 +3,9 @@
     python -m depthlm_ros.bench.served_overhead http://localhost:8000 --model FOLDER
     python -m depthlm_ros.bench.served_overhead --loopback 20      # a stand-in that answers after 20 ms
 
-Both sides encode the image once and send the same bytes, as many at once. A round asks each of them about an image that the server hasn't seen;
-who begins changes from round to round. The rate of the engine over the rate of bare HTTP is what is told: 1 costs
-nothing.
+Both sides encode the image once and send the same bytes, as many at once. A round asks each of them about an image that
+the server hasn't seen; who begins changes from round to round. The rate of the engine over the rate of bare HTTP is
+what is told: 1 costs nothing.
 """
 
 from __future__ import annotations

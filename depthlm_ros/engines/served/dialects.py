@@ -46,6 +46,7 @@ class Dialect:
         logprobs: fields that ask for probabilities; empty where they aren't told.
         limit: name of the field with the longest answer.
         extras: what else is sent with every question.
+        image_extras: what else is sent with every image.
         parallel: whether it answers more than one question at a time.
         loads: whether the model is only loaded once it is asked.
         lists: whether it lists the model that it serves.
@@ -57,6 +58,7 @@ class Dialect:
     logprobs: dict[str, Any] = field(default_factory=dict)
     limit: str = "max_tokens"
     extras: dict[str, Any] = field(default_factory=dict)
+    image_extras: dict[str, Any] = field(default_factory=dict)
     parallel: bool = True
     loads: bool = False
     lists: bool = True
@@ -79,7 +81,8 @@ class Dialect:
             ImageError: an image is too large.
         """
         content: list[dict[str, Any]] = [
-            {"type": "image_url", "image_url": {"url": f"{_PLACE}{at}"}} for at in range(len(pictures))
+            {"type": "image_url", "image_url": {"url": f"{_PLACE}{at}"}, **self.image_extras}
+            for at in range(len(pictures))
         ]
         content.append({"type": "text", "text": text})
         messages: list[dict[str, Any]] = [] if system is None else [{"role": "system", "content": system}]
@@ -123,7 +126,14 @@ DIALECTS = {
     "vllm": Dialect("vllm", "structured_outputs", {"logprobs": True, "top_logprobs": 1}),
     # Edge-LLM tells a token's probability only where it is among the most probable, and its default for top_k is 50.
     # Its context reuse is left as the server has it: whether it tells two images apart is not documented.
-    "edge-llm": Dialect("edge-llm", "guided_decoding", {"logprobs": True, "top_logprobs": 1}, extras={"top_k": 1}),
+    # An image beyond its limit of tokens is an error then, and not shrunk: with it the focal length would be.
+    "edge-llm": Dialect(
+        "edge-llm",
+        "guided_decoding",
+        {"logprobs": True, "top_logprobs": 1},
+        extras={"top_k": 1},
+        image_extras={"do_resize": False},
+    ),
     "transformers": Dialect("transformers", parallel=False, loads=True, lists=False),
     "generic": Dialect("generic", "", {"logprobs": True, "top_logprobs": 1}),
 }
