@@ -24,6 +24,7 @@ class EngineOptions:
         server_image: how images are sent, "png" or "jpeg".
         guided: whether numbers are held to their sentence by a guide, where the engine has guides.
         prefix_reuse: whether the engine may keep what questions about an image share.
+        cpu_threads: for inference on a CPU; 0 leaves it to the engine.
     """
 
     device: str = "auto"
@@ -38,6 +39,12 @@ class EngineOptions:
     server_image: str = "png"
     guided: bool = True
     prefix_reuse: bool = True
+    cpu_threads: int = 0
+
+    def variant(self) -> str:
+        """What a parity record has to have been made with: everything that may change an answer."""
+        told = (self.device, self.dtype, self.batch_size, self.server_image, self.guided, self.prefix_reuse)
+        return " ".join(map(str, told))
 
     def only(self, url: str) -> EngineOptions:
         """The same with one server."""
