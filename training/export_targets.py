@@ -206,7 +206,8 @@ def agreement(whole: Reference, fewer_bits: Reference, dtype: str) -> dict[str, 
     """How a checkpoint in fewer bits measures, beside itself in float32.
 
     Returns:
-        For each dialect: the median depth error, the scale, and the share of answers that are the same.
+        For each dialect: the median depth error, the scale, and the share of answers that are the same. Where the
+        checkpoint gives no depth in float32 there is no error either, and `depths` is 0.
 
     Raises:
         EngineError: half of its depths are more than 1 % off, its scale is, or more than 1 % of them are missing.
@@ -214,14 +215,15 @@ def agreement(whole: Reference, fewer_bits: Reference, dtype: str) -> dict[str, 
     told: dict[str, Any] = {}
     for dialect in dict.fromkeys(asked.dialect for asked in whole.asked):
         both = [(a, b) for a, b in zip(whole.asked, fewer_bits.asked, strict=True) if a.dialect == dialect]
-        depths = (np.concatenate([pair[side].depth_m for pair in both]) for side in (0, 1))
-        found = compare_maps(*depths)
+        depths = [np.concatenate([pair[side].depth_m for pair in both]) for side in (0, 1)]
         same = [same_answer(x, y) for a, b in both for x, y in zip(a.texts, b.texts, strict=True)]
-        told[dialect] = {
-            "median_error": found.median_error,
-            "scale": found.scale,
-            **({"same_answers": sum(same) / len(same)} if same else {}),
-        }
+        told[dialect] = {"same_answers": sum(same) / len(same)} if same else {}
+        if not np.isfinite(depths[0]).any():
+            # A checkpoint that gives no depth in float32 either, such as an untrained one, loses none by fewer bits.
+            told[dialect]["depths"] = 0
+            continue
+        found = compare_maps(*depths)
+        told[dialect] |= {"median_error": found.median_error, "scale": found.scale}
         if not (found.median_error <= 0.01 and abs(found.scale - 1) <= 0.01 and found.lost <= 0.01):
             raise EngineError(
                 f"in {dtype} the checkpoint itself answers otherwise than in float32 ({dialect}: median depth error "
