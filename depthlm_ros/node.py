@@ -12,6 +12,7 @@ asks.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -54,6 +55,11 @@ _HOUSEKEEPING_S = 0.1
 _DIAGNOSTICS_S = 1.0
 # A camera can fail thirty times a second; a person reads one line of it.
 _LOG_INTERVAL_S = 5.0
+# What is wrong with the model as a whole is told as often.
+_REMINDER_INTERVAL_S = 60.0
+# Engines that are told their threads in their options, on machines that may have no torch. The others at least make the
+# model's input with it.
+_WITHOUT_TORCH = ("onnxruntime",)
 
 EstimatorFactory = Callable[[Parameters], "Estimator"]
 
@@ -66,10 +72,12 @@ def load_estimator(parameters: Parameters) -> Estimator:
     """
     from depthlm_ros.estimator import Estimator
 
-    if parameters.cpu_threads:
-        from depthlm_ros.engines.devices import limit_cpu_threads
+    if parameters.cpu_threads and parameters.engine not in _WITHOUT_TORCH:
+        # Where torch isn't there, the engine says which package it lacks.
+        with contextlib.suppress(ImportError):
+            from depthlm_ros.engines.devices import limit_cpu_threads
 
-        limit_cpu_threads(parameters.cpu_threads)
+            limit_cpu_threads(parameters.cpu_threads)
     return Estimator.load(**parameters.load_arguments())
 
 

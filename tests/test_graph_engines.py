@@ -17,6 +17,7 @@ import onnx
 import onnxruntime
 import pytest
 import standin_tensorrt
+import torch
 from checkpoints import make_checkpoint
 
 from depthlm_ros import plan_builder
@@ -40,6 +41,7 @@ from depthlm_ros.errors import (
 from depthlm_ros.estimator import Estimator
 from depthlm_ros.machine import Machine
 from depthlm_ros.manifest import read_manifest, require_manifest, sha256_of, write_manifest
+from depthlm_ros.onnx_precision import lower_precision
 from depthlm_ros.plan_builder import build_plan
 from depthlm_ros.prompts import dense_question
 from depthlm_ros.sampling import sample_pixels
@@ -286,9 +288,78 @@ def test_cached_engines_belong_to_files_versions_and_machines(shared, monkeypatc
     assert len(folders) == 4
     assert cache_folder(manifest, here) in folders
     assert all(folder.is_relative_to(tmp_path) for folder in folders)
-    options = onnxruntime_engine._provider_options("TensorrtExecutionProvider", 1, manifest)
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "0")
+    assert cache_folder(manifest, here) not in folders
+    options, told = onnxruntime_engine._provider_options("TensorrtExecutionProvider", 1, manifest)
     assert options["device_id"] == "1"
     assert Path(options["trt_engine_cache_path"]).is_dir()
+    assert told == [f"TensorRT's engine is kept in {options['trt_engine_cache_path']}"]
+
+
+@pytest.mark.parametrize("how", ["a file in the way", "no home"])
+def test_without_a_cache_tensorrt_builds_again_and_says_so(shared, monkeypatch, tmp_path, how):
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    if how == "no home":
+        monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+        monkeypatch.setattr(Path, "home", homeless)
+    else:
+        (tmp_path / "cache").write_text("")
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    options, (told,) = onnxruntime_engine._provider_options("TensorrtExecutionProvider", 0, read_manifest(shared))
+    assert options == {"device_id": "0"}
+    assert "every start builds TensorRT's engine again" in told and "set XDG_CACHE_HOME" in told
+
+
+def test_number_formats_are_only_claimed_where_they_are_kept(monkeypatch):
+    cpu, cuda, rt = (f"{name}ExecutionProvider" for name in ("CPU", "CUDA", "Tensorrt"))
+    monkeypatch.delenv("NVIDIA_TF32_OVERRIDE", raising=False)
+    assert onnxruntime_engine.products(cpu, "float32") == "products in float32"
+    assert onnxruntime_engine.products(cuda, "float16") == "products in float16"
+    assert onnxruntime_engine.products(cpu, "float16").startswith("weights in float16, but products in float32 where")
+    assert "TF32" in onnxruntime_engine.products(rt, "float32")
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "0")
+    assert onnxruntime_engine.products(rt, "float32") == "products in float32"
+
+
+@pytest.mark.filterwarnings("ignore:Specified provider")
+@pytest.mark.parametrize("provider", ["CUDAExecutionProvider", "TensorrtExecutionProvider"])
+def test_no_provider_of_a_gpu_is_left_to_round_to_tf32(shared, monkeypatch, tmp_path, provider):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    asked = []
+    monkeypatch.setattr(onnxruntime, "InferenceSession", lambda *_, providers: asked.extend(providers) or 1 / 0)
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [provider, "CPUExecutionProvider"])
+    device = "cuda:2" if provider.startswith("CUDA") else "tensorrt:2"
+    with pytest.raises(EngineError, match=f"{provider} doesn't load: division by zero"):
+        load_onnxruntime(shared, read_manifest(shared), EngineOptions(device=device))
+    assert ("CUDAExecutionProvider", {"device_id": "2", "use_tf32": "0"}) in asked
+
+
+def test_a_float16_export_on_a_cpu_is_said_to_multiply_in_float32(export):
+    lowered = export / "lowered.onnx"
+    lower_precision(export / GRAPH_FILE, lowered, "float16")
+    lowered.replace(export / GRAPH_FILE)
+    files = {**read_manifest(export).files, GRAPH_FILE: sha256_of(export / GRAPH_FILE)}
+    manifest = rewritten(export, precision="float16", files=files)
+    engine = load_onnxruntime(export, manifest, EngineOptions(device="cpu"))
+    assert np.isfinite(engine.depth_map(picture(128, 160), dense_question())).all()
+    assert any("products in float32 where CPUExecutionProvider" in reason for reason in engine.info.reasons)
+    assert "products in float16" not in engine.info.reasons
+
+
+@pytest.mark.parametrize(("asked", "others", "threads"), [(3, "2", 3), (0, "2", 2), (1, "", 1), (0, "", 0)])
+def test_the_session_takes_the_threads_that_it_is_told(shared, monkeypatch, asked, others, threads):
+    monkeypatch.setenv("OMP_NUM_THREADS", others)
+    make, seen = onnxruntime.InferenceSession, []
+
+    def session(path, settings, **how):
+        seen.append(settings.intra_op_num_threads)
+        return make(path, settings, **how)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", session)
+    load_onnxruntime(shared, read_manifest(shared), EngineOptions(device="cpu", cpu_threads=asked)).close()
+    assert seen == [threads]
 
 
 # ---------------------------------------------------------------- TensorRT
@@ -429,6 +500,30 @@ def test_tensorrt_s_reasons_are_in_the_errors_of_an_engine(export, tensorrt, fai
     tensorrt(fails=fails)
     with pytest.raises(EngineError, match=message):
         load_tensorrt(export, read_manifest(export), EngineOptions()).depth_map(picture(128, 160), dense_question())
+
+
+@pytest.mark.parametrize("call", ["empty", "fill_", "copy_", "Stream"])
+def test_torch_s_faults_are_errors_of_the_engine(export, tensorrt, monkeypatch, call):
+    """Memory that is short while buffers are made, and CUDA faults of a frame, which any later call may show."""
+    tensorrt()
+    build_plan(export)
+    manifest = read_manifest(export)
+
+    def fault(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")
+
+    if call == "empty":
+        monkeypatch.setattr(torch, "empty", fault)
+        with pytest.raises(EngineError, match="no memory on cpu for the buffers of .*: CUDA out of memory.; end other"):
+            load_tensorrt(export, manifest, EngineOptions())
+        return
+    engine = load_tensorrt(export, manifest, EngineOptions())
+    if call == "Stream":
+        monkeypatch.setattr(torch.cuda, "stream", fault)
+    else:
+        monkeypatch.setattr(torch.Tensor, call, fault)
+    with pytest.raises(EngineError, match="TensorRT failed: CUDA out of memory.; restart the node"):
+        engine.depth_map(picture(128, 160), dense_question())
 
 
 def test_a_plan_from_elsewhere_is_refused(export, tensorrt):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,7 @@ from sensor_msgs.msg import PointCloud2  # noqa: E402
 from test_node import CAMERA, PATIENCE_S, World, until, value, worlds  # noqa: E402, F401
 
 from depthlm_ros.node import load_estimator  # noqa: E402
-from depthlm_ros.parity import REFERENCE_FILE  # noqa: E402
+from depthlm_ros.references import REFERENCE_FILE  # noqa: E402
 
 
 def test_an_answer_that_comes_too_late_is_not_published_and_the_next_one_is(worlds):  # noqa: F811
@@ -138,3 +140,17 @@ def test_an_unproven_engine_that_was_accepted_is_complained_of_while_it_runs(ros
 
 def test_the_reference_is_part_of_what_is_proved(wrong):
     assert (wrong / "reference" / REFERENCE_FILE).is_file()
+
+
+def test_threads_are_limited_without_torch_where_the_engine_needs_none(export):
+    program = f"""
+import sys
+sys.modules["torch"] = sys.modules["transformers"] = None
+from depthlm_ros.config import Parameters
+from depthlm_ros.node import load_estimator
+parameters = Parameters(model={str(export)!r}, engine="onnxruntime", device="cpu", cpu_threads=1)
+with load_estimator(parameters) as estimator:
+    print(estimator.engine._runner._session.get_session_options().intra_op_num_threads)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=PATIENCE_S)
+    assert done.stdout.split() == ["1"], done.stderr

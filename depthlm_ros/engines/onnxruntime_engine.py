@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -30,8 +31,9 @@ def load_onnxruntime(folder: Path, manifest: Manifest, options: EngineOptions) -
     """Loads an export into onnxruntime.
 
     `options.device` chooses the provider: "cpu"; "cuda" or "cuda:N"; "tensorrt" or "tensorrt:N", which builds an engine
-    at the first start and keeps it in the user's cache; "auto" takes CUDA where it loads, else the CPU. TensorRT is
-    never taken unasked: building takes minutes. `options.dtype` can't change what the graph computes in.
+    at the first start and keeps it in the user's cache, where that can be written; "auto" takes CUDA where it loads,
+    else the CPU. TensorRT is never taken unasked: building takes minutes. `options.dtype` can't change what the graph
+    computes in. `options.cpu_threads` 0 takes as many threads as OMP_NUM_THREADS says, else all cores.
 
     Raises:
         MissingDependencyError: onnxruntime isn't installed, or has no such provider.
@@ -49,21 +51,26 @@ def load_onnxruntime(folder: Path, manifest: Manifest, options: EngineOptions) -
     path = graph_file(folder)
     present = onnxruntime.get_available_providers()
     wanted, number = _provider(options.device, present)
+    told, why = _provider_options(wanted, number, manifest)
     try:
-        session = _session(path, wanted, number, manifest)
+        session = _session(path, wanted, told, options.cpu_threads)
     except EngineError:
         if options.device != "auto" or wanted == CPU:
             raise
         # Compiled in is not installed: without the libraries of CUDA "auto" still has the CPU.
         wanted = CPU
-        session = _session(path, wanted, 0, manifest)
+        session = _session(path, wanted, {}, options.cpu_threads)
     _check_tables(session, graph_size(manifest), path)
     reasons = [
         f"device {options.device!r}: {wanted}; this onnxruntime has {', '.join(present)}",
-        f"products in {manifest.precision}",
+        products(wanted, manifest.precision),
+        *why,
     ]
     device = "cpu" if wanted == CPU else f"cuda:{number}"
     version = f"onnxruntime {onnxruntime.__version__} {wanted}"
+    if wanted == TENSORRT and _tf32_is_off():
+        # Another engine than with TF32, which has to prove itself.
+        version += " without TF32"
     info = graph_info("onnxruntime", folder, manifest, device, version, manifest.precision, reasons)
     return GraphEngine(_Session(session), info, manifest)
 
@@ -111,18 +118,45 @@ def _provider(device: str, present: Sequence[str]) -> tuple[str, int]:
     return known[name], int(number or 0)
 
 
-def _session(path: Path, provider: str, number: int, manifest: Manifest) -> Any:
+def products(provider: str, precision: str) -> str:
+    """In which number format a provider multiplies, as a sentence for the log.
+
+    Args:
+        provider: such as "CPUExecutionProvider".
+        precision: of the graph.
+    """
+    if provider == CPU and precision != "float32":
+        return (
+            f"weights in {precision}, but products in float32 where {CPU} has no kernel for {precision}, as on x86: "
+            "no faster than a float32 export"
+        )
+    if provider == TENSORRT and precision == "float32" and not _tf32_is_off():
+        # The provider has no option for it; TensorRT allows it unless told otherwise.
+        return (
+            "products in TF32 (factors of 11 bits) wherever TensorRT finds that faster; set NVIDIA_TF32_OVERRIDE=0 "
+            "before the start for float32"
+        )
+    return f"products in {precision}"
+
+
+def _tf32_is_off() -> bool:
+    """Whether NVIDIA's libraries leave TF32 alone in the whole process."""
+    return os.environ.get("NVIDIA_TF32_OVERRIDE") == "0"
+
+
+def _session(path: Path, provider: str, told: dict[str, str], threads: int) -> Any:
     import onnxruntime
 
     settings = onnxruntime.SessionOptions()
     # As many as the caller's other libraries are told to take; idle threads sleep instead of turning.
-    threads = os.environ.get("OMP_NUM_THREADS", "")
-    settings.intra_op_num_threads = int(threads) if threads.isdecimal() else 0
+    others = os.environ.get("OMP_NUM_THREADS", "")
+    settings.intra_op_num_threads = threads or (int(others) if others.isdecimal() else 0)
     settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
     settings.log_severity_level = 3
-    providers: list[Any] = [(provider, _provider_options(provider, number, manifest))]
+    providers: list[Any] = [(provider, told)]
     if provider == TENSORRT:
-        providers.append((CUDA, {"device_id": str(number)}))
+        # For what TensorRT leaves over.
+        providers.append((CUDA, _cuda_options(int(told["device_id"]))))
     if provider != CPU:
         providers.append(CPU)
     try:
@@ -143,27 +177,44 @@ def _session(path: Path, provider: str, number: int, manifest: Manifest) -> Any:
     return session
 
 
-def _provider_options(provider: str, number: int, manifest: Manifest) -> dict[str, str]:
+def _cuda_options(number: int) -> dict[str, str]:
+    # By default products are rounded to TF32's 11 bits.
+    return {"device_id": str(number), "use_tf32": "0"}
+
+
+def _provider_options(provider: str, number: int, manifest: Manifest) -> tuple[dict[str, str], list[str]]:
+    """What a provider is told, and sentences for the log."""
     if provider == CPU:
-        return {}
+        return {}, []
     if provider == CUDA:
-        # By default products are rounded to TF32's 11 bits.
-        return {"device_id": str(number), "use_tf32": "0"}
-    cache = cache_folder(manifest, this_machine().as_dict())
-    cache.mkdir(parents=True, exist_ok=True)
+        return _cuda_options(number), []
+    try:
+        cache = cache_folder(manifest, this_machine().as_dict())
+        cache.mkdir(parents=True, exist_ok=True)
+        # A folder that was made once may be on a disk that is read-only by now.
+        tempfile.TemporaryFile(dir=cache).close()
+    except (OSError, RuntimeError) as error:  # the latter of a user without a home
+        return {"device_id": str(number)}, [
+            f"every start builds TensorRT's engine again, since it can't be kept ({error}); set XDG_CACHE_HOME to a "
+            "folder that can be written"
+        ]
     return {
         "device_id": str(number),
         "trt_engine_cache_enable": "True",
         "trt_engine_cache_path": str(cache),
         "trt_timing_cache_enable": "True",
         "trt_timing_cache_path": str(cache),
-    }
+    }, [f"TensorRT's engine is kept in {cache}"]
 
 
 def cache_folder(manifest: Manifest, machine: Mapping[str, str]) -> Path:
     """Where TensorRT's engines of these files, this onnxruntime and this machine are kept.
 
-    onnxruntime itself never finds out that a cached engine is another graph's or another TensorRT's.
+    onnxruntime itself never finds out that a cached engine is another graph's or another TensorRT's, or that it was
+    built with TF32.
+
+    Raises:
+        RuntimeError: the user has no home, and XDG_CACHE_HOME isn't set.
     """
     version = "unknown"
     for package in ("onnxruntime-gpu", "onnxruntime"):
@@ -172,7 +223,7 @@ def cache_folder(manifest: Manifest, machine: Mapping[str, str]) -> Path:
             break
         except metadata.PackageNotFoundError:
             continue
-    told = repr((manifest.digest, version, sorted(machine.items())))
+    told = repr((manifest.digest, version, sorted(machine.items()), _tf32_is_off()))
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return cache / "depthlm_ros" / "onnxruntime" / hashlib.sha256(told.encode()).hexdigest()[:32]
 

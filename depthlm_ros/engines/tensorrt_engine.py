@@ -87,10 +87,16 @@ class PlanRunner:
                     "smaller camera"
                 )
             on_gpu = self._device.type == "cuda"
-            self._host = torch.empty((height, width, 3), dtype=torch.uint8, pin_memory=on_gpu)
-            self._image = torch.empty((height, width, 3), dtype=torch.uint8, device=device)
-            self._depth = torch.empty((height, width), dtype=torch.float32, device=device)
-            self._stream = torch.cuda.Stream(self._device) if on_gpu else None
+            try:
+                self._host = torch.empty((height, width, 3), dtype=torch.uint8, pin_memory=on_gpu)
+                self._image = torch.empty((height, width, 3), dtype=torch.uint8, device=device)
+                self._depth = torch.empty((height, width), dtype=torch.float32, device=device)
+                self._stream = torch.cuda.Stream(self._device) if on_gpu else None
+            except RuntimeError as error:  # torch.OutOfMemoryError is one
+                raise EngineError(
+                    f"no memory on {device} for the buffers of {plan}: {_first_line(error)}; end other programs, or "
+                    "export for a smaller camera"
+                ) from error
             for name, buffer in ((INPUT, self._image), (OUTPUT, self._depth)):
                 if not self._context.set_tensor_address(name, buffer.data_ptr()):
                     raise EngineError(f"TensorRT refuses the buffer of {name!r}: {told(self._logger)}")
@@ -98,19 +104,20 @@ class PlanRunner:
     def run(self, image: np.ndarray) -> np.ndarray:
         """See `Runner`."""
         torch = self._torch
-        with self._on_device(), torch.cuda.stream(self._stream):
-            np.copyto(self._host.numpy(), image)
-            self._image.copy_(self._host, non_blocking=True)
-            # A frame that isn't computed must not show the one before it.
-            self._depth.fill_(float("nan"))
-            handle = 0 if self._stream is None else self._stream.cuda_stream
-            if not self._context.execute_async_v3(handle):
-                raise EngineError(f"TensorRT failed: {told(self._logger)}; restart the node")
-            try:
+        try:
+            with self._on_device(), torch.cuda.stream(self._stream):
+                np.copyto(self._host.numpy(), image)
+                self._image.copy_(self._host, non_blocking=True)
+                # A frame that isn't computed must not show the one before it.
+                self._depth.fill_(float("nan"))
+                handle = 0 if self._stream is None else self._stream.cuda_stream
+                if not self._context.execute_async_v3(handle):
+                    raise EngineError(f"TensorRT failed: {told(self._logger)}; restart the node")
                 # On this stream, so that it waits for the map.
                 return self._depth.to("cpu", copy=True).numpy()
-            except RuntimeError as error:
-                raise EngineError(f"TensorRT failed: {error}; restart the node") from error
+        except RuntimeError as error:
+            # A fault of the frame before may show in any of these calls.
+            raise EngineError(f"TensorRT failed: {_first_line(error)}; restart the node") from error
 
     def close(self) -> None:
         """Gives back the buffers and the engine."""
@@ -160,3 +167,7 @@ def _check_tables(tensorrt: Any, engine: Any, size: tuple[int, int], plan: Path)
 
 def _told(table: dict[str, tuple[Any, tuple[int, ...], Any]]) -> str:
     return ", ".join(f"{name} {kind} {list(shape)}" for name, (_, shape, kind) in table.items())
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
