@@ -63,27 +63,57 @@ def build_plan(
             lower_precision(graph, lowered, wanted)
             graph = lowered
         plan = Path(scratch) / PLAN_FILE
-        plan.write_bytes(_built(tensorrt, graph, workspace_mb))
-        # Between the two steps a start would find a plan that the manifest doesn't know, and refuse it.
+        with plan.open("wb") as file:
+            file.write(_built(tensorrt, graph, workspace_mb))
+            file.flush()
+            # The manifest mustn't reach the disk before the plan that it tells of.
+            os.fsync(file.fileno())
+        digest = sha256_of(plan)
+        # Whenever this breaks off, the manifest knows no plan: a start refuses the one that lies there, old or new, and
+        # says to remove it; building again takes its place.
+        write_manifest(folder, _still(folder, manifest))
         os.replace(plan, folder / PLAN_FILE)
+    current = _still(folder, manifest)
     here = (machine or this_machine()).as_dict()
-    files = {**manifest.files, PLAN_FILE: sha256_of(folder / PLAN_FILE)}
-    updated = replace(manifest, files=files, built={**here, "precision": wanted})
+    files = {**current.files, PLAN_FILE: digest}
+    updated = replace(current, files=files, built={**here, "precision": wanted})
     write_manifest(folder, updated)
     return updated
 
 
+def _still(folder: Path, manifest: Manifest) -> Manifest:
+    """The manifest as it is now, without a plan: parity may have been checked during the minutes of a build.
+
+    Raises:
+        ModelError: it has become another export.
+    """
+    current = _without_plan(read_manifest(folder))
+    if current is None or current.files != manifest.files:
+        raise ModelError(
+            f"{folder} became another export while its plan was built; build it again: depthlm build {folder}"
+        )
+    return current
+
+
+def _without_plan(manifest: Manifest | None) -> Manifest | None:
+    if manifest is None:
+        return None
+    files = {name: digest for name, digest in manifest.files.items() if name != PLAN_FILE}
+    return replace(manifest, files=files, built=None)
+
+
 def _export(folder: Path) -> Manifest:
     """The manifest of an export that a plan can be built of; an older plan is none of its files."""
-    manifest = read_manifest(folder)
+    manifest = _without_plan(read_manifest(folder))
     if manifest is None or manifest.target != "onnx":
         if manifest is not None and manifest.target == "edge-llm":
             raise ModelError(f"{folder} is an export for target 'edge-llm'; run {folder / 'build_on_device.sh'} here")
         seen = f"no {ENGINE_FILE}" if manifest is None else f"an export for target {manifest.target!r}"
         raise ModelError(f"{folder} has {seen}; make an export: depthlm export MODEL OUT --target onnx")
-    files = {name: digest for name, digest in manifest.files.items() if name != PLAN_FILE}
-    manifest = replace(manifest, files=files, built=None)
-    check_files(folder, manifest)
+    # Whatever plan lies there, it is about to be replaced.
+    plan = folder / PLAN_FILE
+    lying = {PLAN_FILE: sha256_of(plan)} if plan.is_file() else {}
+    check_files(folder, replace(manifest, files={**manifest.files, **lying}))
     return manifest
 
 

@@ -453,11 +453,15 @@ def test_a_plan_proves_itself_and_measures(export, tensorrt, checkpoint):
         for seed in range(2):
             wanted = reference.estimate(picture(seed=seed), CAMERA, pixels, dialect="dense").depth_m
             assert np.median(np.abs(got[seed] - wanted) / wanted) < 0.01
-    assert read_manifest(export).parity[-1].version == "TensorRT 10.13.3.9"
+    record = read_manifest(export).parity[-1]
+    assert record.version == "TensorRT 10.13.3.9"
+    proved = record.files
+    assert proved == read_manifest(export).digest
     # Built again it is another plan, which nothing has proved yet.
     build_plan(export, "fp32")
     manifest = read_manifest(export)
-    assert manifest.record("tensorrt", "TensorRT 10.13.3.9") is None
+    assert {record.files for record in manifest.parity if record.engine == "tensorrt"} == {proved}
+    assert manifest.digest != proved
 
 
 def test_a_frame_that_is_not_computed_is_not_the_one_before(export, tensorrt):
@@ -555,6 +559,72 @@ def test_a_plan_of_another_day_is_refused(export, tensorrt):
     # Building again mends it: an older plan is none of the export's own files.
     build_plan(export)
     require_manifest(export, "tensorrt")
+
+
+def test_what_was_proved_during_a_build_is_kept(export, tensorrt, monkeypatch):
+    tensorrt()
+    build = plan_builder._built
+    rewritten(export, parity=())
+
+    def meanwhile(*arguments):
+        Estimator.load(str(export), engine="onnxruntime", device="cpu").close()
+        return build(*arguments)
+
+    monkeypatch.setattr(plan_builder, "_built", meanwhile)
+    manifest = build_plan(export)
+    assert [record.engine for record in manifest.parity] == ["onnxruntime"]
+    assert manifest.parity == read_manifest(export).parity
+
+
+def test_an_export_that_is_replaced_during_a_build_gets_no_plan(export, tensorrt, monkeypatch):
+    tensorrt()
+    build = plan_builder._built
+
+    def meanwhile(*arguments):
+        rewritten(export, files={**read_manifest(export).files, GRAPH_FILE: "0" * 64})
+        return build(*arguments)
+
+    monkeypatch.setattr(plan_builder, "_built", meanwhile)
+    with pytest.raises(ModelError, match="became another export while its plan was built"):
+        build_plan(export)
+    assert not (export / PLAN_FILE).exists()
+
+
+@pytest.mark.parametrize("older", [False, True], ids=["first plan", "another plan"])
+@pytest.mark.parametrize("step", ["plan", "manifest"])
+def test_a_build_that_breaks_off_is_mended_by_what_the_refusal_says(export, tensorrt, monkeypatch, older, step):
+    """As when the power fails: just before the plan is put into its place, or just before the manifest knows it."""
+    tensorrt()
+    if older:
+        build_plan(export, "bf16")
+    writes = []
+
+    def breaks(folder, manifest):
+        writes.append(manifest)
+        if step == "plan":
+            write_manifest(folder, manifest)
+            raise KeyboardInterrupt
+        if len(writes) == 2:
+            raise KeyboardInterrupt
+        write_manifest(folder, manifest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(plan_builder, "write_manifest", breaks)
+        with pytest.raises(KeyboardInterrupt):
+            build_plan(export)
+    if (export / PLAN_FILE).exists():
+        for engine in ("onnxruntime", "tensorrt"):
+            with pytest.raises(ModelError, match=f"{PLAN_FILE} is not named in engine.json.*remove it"):
+                require_manifest(export, engine)
+        shutil.copytree(export, export.with_name("other"))
+        (export / PLAN_FILE).unlink()
+    require_manifest(export, "onnxruntime")
+    with pytest.raises(ModelError, match="build it here: depthlm build"):
+        load_tensorrt(export, require_manifest(export, "tensorrt"), EngineOptions())
+    # Building again mends it without removing, too.
+    again = export.with_name("other") if (export.with_name("other")).exists() else export
+    build_plan(again)
+    assert PLAN_FILE in require_manifest(again, "tensorrt").files
 
 
 def test_a_missing_or_old_tensorrt_is_named(export, monkeypatch, tensorrt):
