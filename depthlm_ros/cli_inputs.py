@@ -8,7 +8,7 @@ from pathlib import Path
 
 import yaml
 
-from depthlm_ros.errors import CameraError
+from depthlm_ros.errors import CameraError, ConfigError
 
 
 def add_camera_arguments(parser: argparse.ArgumentParser, description: str, of: str = "", suffix: str = "") -> None:
@@ -23,6 +23,37 @@ def add_camera_arguments(parser: argparse.ArgumentParser, description: str, of: 
     camera.add_argument(
         f"--fov-deg{suffix}", type=float, help=f"horizontal field of view in degrees, instead of --fx{suffix}"
     )
+
+
+def add_one_camera_arguments(parser: argparse.ArgumentParser, description: str) -> None:
+    """Adds the options of a camera without an image: a calibration file, or its size and those of its lens."""
+    add_camera_arguments(parser, description)
+    parser.add_argument("--camera", type=Path, metavar="FILE.yaml", help="a calibration file of ROS")
+    parser.add_argument("--size", type=_size, metavar="WIDTHxHEIGHT", help="of the camera's image, such as 640x480")
+
+
+def one_camera(arguments: argparse.Namespace):
+    """The camera that `add_one_camera_arguments`' options describe.
+
+    Raises:
+        CameraError: a calibration file that is none, or values that can't be.
+        ConfigError: neither a file nor a size.
+    """
+    if arguments.camera is not None:
+        return read_calibration(arguments.camera)
+    if arguments.size is None:
+        raise ConfigError(
+            "an engine is made for one camera; give its calibration file with --camera, or --size WIDTHxHEIGHT with "
+            "--fx or --fov-deg"
+        )
+    return camera_of(arguments, *arguments.size)
+
+
+def _size(text: str) -> tuple[int, int]:
+    width, _, height = text.partition("x")
+    if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
+        raise argparse.ArgumentTypeError(f"{text!r} isn't WIDTHxHEIGHT, such as 640x480")
+    return int(width), int(height)
 
 
 def read_calibration(path: Path):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from depthlm_ros.cli_inputs import add_camera_arguments, camera_of, read_calibration
-from depthlm_ros.errors import ConfigError, MissingDependencyError
+from depthlm_ros.cli_inputs import add_one_camera_arguments, one_camera
+from depthlm_ros.errors import MissingDependencyError
 from depthlm_ros.manifest import TARGETS
 
 
@@ -123,17 +123,8 @@ def _add_export(commands) -> None:
     engine.add_argument(
         "--exporter", default="", help="of edge-llm: tensorrt-edgellm-export, or the Python of its environment"
     )
-    add_camera_arguments(parser, "give --camera, or --size with --fx or --fov-deg; an engine is for one camera")
-    parser.add_argument("--camera", type=Path, metavar="FILE.yaml", help="a calibration file of ROS")
-    parser.add_argument("--size", type=_size, metavar="WIDTHxHEIGHT", help="of the camera's image, such as 640x480")
+    add_one_camera_arguments(parser, "give --camera, or --size with --fx or --fov-deg; an engine is for one camera")
     parser.set_defaults(run=_export)
-
-
-def _size(text: str) -> tuple[int, int]:
-    width, _, height = text.partition("x")
-    if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
-        raise argparse.ArgumentTypeError(f"{text!r} isn't WIDTHxHEIGHT, such as 640x480")
-    return int(width), int(height)
 
 
 def _export(arguments: argparse.Namespace) -> int:
@@ -157,23 +148,12 @@ def _export(arguments: argparse.Namespace) -> int:
         arguments.exporter,
         arguments.quantised,
     )
-    manifest = export_target(arguments.source, arguments.out, arguments.target, _camera(arguments), options)
+    manifest = export_target(arguments.source, arguments.out, arguments.target, one_camera(arguments), options)
     print(f"wrote {arguments.out}: {manifest.target} in {manifest.precision}, dialects {', '.join(manifest.dialects)}")
     for name, value in (*manifest.image.items(), *manifest.extra.items()):
         print(f"  {name}: {value}")
     print(f"run it with model:={arguments.out} engine:={' or '.join(TARGETS[manifest.target])}")
     return 0
-
-
-def _camera(arguments: argparse.Namespace):
-    if arguments.camera is not None:
-        return read_calibration(arguments.camera)
-    if arguments.size is None:
-        raise ConfigError(
-            "an engine is made for one camera; give its calibration file with --camera, or --size WIDTHxHEIGHT with "
-            "--fx or --fov-deg"
-        )
-    return camera_of(arguments, *arguments.size)
 
 
 def _without_training(error: ModuleNotFoundError) -> MissingDependencyError:

@@ -132,32 +132,47 @@ class Estimator:
         """
         card, source = load_card(model, commercial_use=commercial_use, weights=engine != "openai")
         if depth_kind is not None:
-            card = replace(card, depth_kind=depth_kind)
+            # A wrong one is told before the model is loaded.
+            replace(card, depth_kind=depth_kind)
         _dialect(card, dialect)
         curve = Calibration.load(calibration) if calibration else None
         options = options or EngineOptions(device=device, dtype=dtype, batch_size=batch_size)
-        made = load_engine(source, card, engine=engine, options=options)
-        card = _spoken_by(card, made.info)
-        _dialect(card, dialect)
-        estimator = cls(card, made, policy, dialect, curve)
-        try:
-            if check_parity and engine == "openai" and len(options.server_urls) > 1:
 
-                def only(url: str) -> Estimator:
-                    alone = cls(card, load_engine(source, card, engine=engine, options=options.only(url)), policy)
-                    try:
-                        alone.proof = prove(alone, Path(source), reference, accept_unproven)
-                    except BaseException:
-                        alone.close()
-                        raise
-                    return alone
+        def loaded(options: EngineOptions) -> Estimator:
+            made = load_engine(source, card, engine=engine, options=options)
+            try:
+                spoken = _spoken_by(card, made.info)
+                return cls(spoken, made, policy, _dialect(spoken, dialect), curve)
+            except BaseException:
+                made.close()
+                raise
 
-                estimator.proof = prove_each(options.server_urls, only)
-            elif check_parity:
-                estimator.proof = prove(estimator, Path(source), reference, accept_unproven)
-        except BaseException:
-            estimator.close()
-            raise
+        def proved(options: EngineOptions) -> Estimator:
+            estimator = loaded(options)
+            try:
+                estimator.proof = prove(estimator, Path(source), reference, accept_unproven, options.variant())
+            except BaseException:
+                estimator.close()
+                raise
+            return estimator
+
+        if not check_parity:
+            estimator = loaded(options)
+        elif engine == "openai" and len(options.server_urls) > 1:
+            proof = prove_each(options.server_urls, lambda url: proved(options.only(url)))
+            estimator = loaded(options)
+            estimator.proof = proof
+            if proof.absent and not accept_unproven:
+                estimator.engine.leave_out(proof.absent)
+        else:
+            estimator = proved(options)
+        compared = estimator.proof.dialects
+        if compared is not None and not accept_unproven:
+            spoken = tuple(name for name in estimator.card.dialects if name in compared)
+            estimator.card = replace(estimator.card, dialects=spoken, default_dialect=estimator.default_dialect)
+        if depth_kind is not None:
+            # Afterwards: the reference's answers are what the card says.
+            estimator.card = replace(estimator.card, depth_kind=depth_kind)
         return estimator
 
     @property

@@ -6,6 +6,7 @@ and nothing fails: what can't be found out is empty.
 
 from __future__ import annotations
 
+import hashlib
 import platform
 import re
 import shutil
@@ -44,7 +45,9 @@ class Machine:
     Attributes:
         arch: "x86_64" or "aarch64".
         board: name of a Jetson's module or of a developer kit; empty elsewhere.
+        cpu: what it is called, and a digest of what it can do, since a library chooses its kernels by that.
         gpu: name of the first GPU; empty where there is none.
+        more_gpus: names of the others, with commas between them.
         compute_capability: of it, such as "8.7"; empty where it can't be found out.
         driver: version of its driver.
         l4t: release of Jetson Linux, such as "36.4.3"; empty elsewhere.
@@ -60,6 +63,8 @@ class Machine:
     l4t: str = ""
     jetpack: str = ""
     tensorrt: str = ""
+    cpu: str = ""
+    more_gpus: str = ""
 
     def as_dict(self) -> dict[str, str]:
         """What is known, by name."""
@@ -101,7 +106,9 @@ def read_machine(root: Path = Path("/"), run: Callable[[list[str]], str] | None 
     l4t = tegra_release(_text(root / "etc/nv_tegra_release")) or _packaged_release(run)
     capability = gpu = driver = ""
     row = run(["nvidia-smi", "--query-gpu=name,compute_cap,driver_version", "--format=csv,noheader"])
-    fields = [field.strip() for field in row.splitlines()[0].split(",")] if row.strip() else []
+    rows = [line for line in row.splitlines() if line.strip()]
+    fields = [field.strip() for field in rows[0].split(",")] if rows else []
+    others = ", ".join(line.split(",")[0].strip() for line in rows[1:])
     if len(fields) == 3:
         gpu, capability, driver = (field if field not in ("[N/A]", "N/A") else "" for field in fields)
     board = _text(root / "proc/device-tree/model").replace("\0", "").strip()
@@ -111,7 +118,20 @@ def read_machine(root: Path = Path("/"), run: Callable[[list[str]], str] | None 
         capability = next((known for chip, known in CHIPS.items() if chip in compatible), "")
         gpu = gpu or (board if capability else "")
     jetpack = jetpack_of(l4t)
-    return Machine(platform.machine(), board, gpu, capability, driver, l4t, jetpack, tensorrt_version(run))
+    version = tensorrt_version(run)
+    cpu = cpu_of(_text(root / "proc/cpuinfo"))
+    return Machine(platform.machine(), board, gpu, capability, driver, l4t, jetpack, version, cpu, others)
+
+
+def cpu_of(text: str) -> str:
+    """A CPU's name and a digest of its features, from the text of /proc/cpuinfo; "" from any other text."""
+    told = dict(re.findall(r"^([^\t:]+)\s*:\s*(.*)$", text, re.M))
+    # x86 has a name; ARM has numbers of maker and part.
+    name = told.get("model name") or " ".join(
+        told[key] for key in ("CPU implementer", "CPU part", "CPU variant") if told.get(key)
+    )
+    features = " ".join(sorted((told.get("flags") or told.get("Features") or "").split()))
+    return f"{name} {hashlib.sha256(features.encode()).hexdigest()[:8]}" if name or features else ""
 
 
 def tegra_release(text: str) -> str:

@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
+import re
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from dataclasses import asdict, dataclass, field
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from depthlm_ros.errors import ConfigError, ModelError
 from depthlm_ros.machine import Machine, this_machine
+from depthlm_ros.parity_records import ParityRecord
 
 ENGINE_FILE = "engine.json"
 REFERENCE_FOLDER = "reference"
@@ -26,29 +29,10 @@ TARGETS = {"onnx": ("onnxruntime", "tensorrt"), "edge-llm": ("edge_llm",), "tens
 """What `depthlm export --target` makes, and the engines that run it."""
 
 _BLOCK = 1 << 22
-
-
-@dataclass(frozen=True, kw_only=True)
-class ParityRecord:
-    """A parity check that was made.
-
-    Attributes:
-        engine: such as "onnxruntime".
-        version: of the program behind it, as in `EngineInfo`.
-        machine: where; `Machine.as_dict`.
-        files: digest of all files of the export, `Manifest.digest`.
-        passed: the verdict.
-        figures: what was measured, by name.
-        date: when, ISO 8601.
-    """
-
-    engine: str
-    version: str
-    machine: Mapping[str, str]
-    files: str
-    passed: bool
-    figures: Mapping[str, Any]
-    date: str
+_MOST_JSON_BYTES = 4 << 20
+_SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)
+# Files that engines and the gate find by their names.
+_READ = ("*.onnx*", "*.safetensors", "*.json", "*.plan", "reference/*")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,52 +82,99 @@ class Manifest:
         told = json.dumps(dict(sorted(self.files.items()))).encode()
         return hashlib.sha256(told).hexdigest()
 
-    def record(self, engine: str, version: str, machine: Machine | None = None) -> ParityRecord | None:
-        """The newest check of this engine, this version of it, these files and this machine; None without one."""
-        here = (machine or this_machine()).as_dict()
-        same = [
-            record
-            for record in self.parity
-            if (record.engine, record.version, record.files) == (engine, version, self.digest)
-            and dict(record.machine) == here
-        ]
-        return same[-1] if same else None
-
 
 def read_manifest(folder: Path) -> Manifest | None:
     """Reads a folder's `engine.json`; None where there is none.
 
     Raises:
-        ModelError: it is damaged or of another format.
+        ModelError: it is damaged, of another format, or names files outside of the folder.
     """
     path = folder / ENGINE_FILE
     if not path.is_file():
         return None
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = read_json(path)
         form = data.pop("format")
         if form != FORMAT:
-            raise ModelError(f"{path} has format {form}, this version reads {FORMAT}; export the model again")
-        parity = tuple(ParityRecord(**record) for record in data.pop("parity", ()))
+            raise ModelError(f"{path} has format {form!r}, this version reads {FORMAT}; export the model again")
+        parity = tuple(ParityRecord.read(record) for record in data.pop("parity", ()))
         manifest = Manifest(**{**data, "dialects": tuple(data["dialects"])}, parity=parity)
-    except (ValueError, TypeError, LookupError, AttributeError) as error:
-        raise ModelError(
-            f"{path} can't be read ({type(error).__name__}: {error}); export the model again"
-        ) from error
+        _check_types(manifest)
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        raise ModelError(f"{path} can't be read ({type(error).__name__}: {error}); export the model again") from error
     if manifest.target not in TARGETS:
         raise ModelError(f"{path} has target {manifest.target!r}; known are {', '.join(TARGETS)}")
     return manifest
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON mapping of at most some megabytes.
+
+    Raises:
+        OSError, ValueError, RecursionError: it can't be read.
+    """
+    if path.stat().st_size > _MOST_JSON_BYTES:
+        raise ValueError(f"it has {path.stat().st_size} bytes, at most {_MOST_JSON_BYTES}")
+    data = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(data, dict):
+        raise ValueError(f"it holds {type(data).__name__} instead of a mapping")
+    return data
+
+
+def _check_types(manifest: Manifest) -> None:
+    """Raises ValueError for a value of another type: whoever uses it would fail later and say less."""
+    texts = ("target", "model", "source", "made", "precision", "policy")
+    for name in texts:
+        _must(isinstance(getattr(manifest, name), str), name, "a text")
+    _must(all(isinstance(d, str) for d in manifest.dialects), "dialects", "a list of texts")
+    focal = manifest.focal_px
+    _must(focal is None or (isinstance(focal, int | float) and not isinstance(focal, bool)), "focal_px", "a number")
+    for name in ("source_sha256", "versions", "files", "image", "extra"):
+        _must(isinstance(getattr(manifest, name), dict), name, "a mapping")
+    for name in ("camera", "built"):
+        _must(isinstance(getattr(manifest, name), dict | None), name, "a mapping or null")
+    _must(all(type(value) is int for value in manifest.image.values()), "image", "a mapping to whole numbers")
+    for name in ("source_sha256", "versions", "built"):
+        told = getattr(manifest, name) or {}
+        _must(all(isinstance(value, str) for value in told.values()), name, "a mapping to texts")
+    for name, digest in manifest.files.items():
+        inside = not PurePosixPath(name).is_absolute() and ".." not in PurePosixPath(name).parts
+        _must(bool(name) and inside and "\0" not in name, "files", "a mapping of paths in the folder")
+        _must(isinstance(digest, str) and bool(_SHA256.fullmatch(digest)), "files", "a mapping to 64 hex digits")
+
+
+def _must(good: bool, name: str, what: str) -> None:
+    if not good:
+        raise ValueError(f"{name} must be {what}")
+
+
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Writes `engine.json` in one step, so that nobody ever reads half of it."""
-    data = {"format": FORMAT, **asdict(manifest)}
-    handle, scratch = tempfile.mkstemp(dir=folder, prefix=f".{ENGINE_FILE}-")
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        json.dump(data, file, indent=2)
-        file.write("\n")
-    os.chmod(scratch, 0o644)
-    os.replace(scratch, folder / ENGINE_FILE)
+    write_json(folder / ENGINE_FILE, {"format": FORMAT, **asdict(manifest)})
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Writes JSON in one step, also if the power fails; numbers that JSON doesn't have become null."""
+    handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump(_finite(data), file, indent=2, allow_nan=False)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(scratch, 0o644)
+        os.replace(scratch, path)
+    except BaseException:
+        Path(scratch).unlink(missing_ok=True)
+        raise
+
+
+def _finite(data: Any) -> Any:
+    if isinstance(data, dict):
+        return {name: _finite(value) for name, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
 def require_manifest(folder: Path, engine: str) -> Manifest:
@@ -158,7 +189,7 @@ def require_manifest(folder: Path, engine: str) -> Manifest:
     if manifest is None:
         raise ModelError(
             f"{folder} has no {ENGINE_FILE}, so it is no export; make one: depthlm export {folder} OUT --target "
-            f"{target}"
+            f"{target} --camera CALIBRATION.yaml"
         )
     if engine not in TARGETS[manifest.target]:
         raise ModelError(
@@ -170,15 +201,24 @@ def require_manifest(folder: Path, engine: str) -> Manifest:
 
 
 def check_files(folder: Path, manifest: Manifest) -> None:
-    """Makes sure that every file is the one that was exported.
+    """Makes sure that every file is the one that was exported, and that there are no others that an engine reads.
 
     Raises:
-        ModelError: one is absent or another one; both digests are named.
+        ModelError: one is absent, another one or too many; digests are named.
     """
+    for pattern in _READ:
+        for path in sorted(folder.glob(pattern)):
+            name = path.relative_to(folder).as_posix()
+            if name != ENGINE_FILE and not path.name.startswith(".") and name not in manifest.files:
+                raise ModelError(
+                    f"{path} is not named in {ENGINE_FILE}, so it is of another export; remove it, or export again"
+                )
     for name, wanted in manifest.files.items():
         path = folder / name
         if not path.is_file():
             raise ModelError(f"{folder} lacks {name}, which its {ENGINE_FILE} names; copy the whole export again")
+        if not path.resolve().is_relative_to(folder.resolve()):
+            raise ModelError(f"{path} is a link to outside of the export; copy the whole export, not links")
         seen = sha256_of(path)
         if seen != wanted:
             raise ModelError(
@@ -198,8 +238,13 @@ def check_built(manifest: Manifest, machine: Machine | None = None) -> None:
     if manifest.built is None:
         return
     here = (machine or this_machine()).as_dict()
-    for name in ("compute_capability", "gpu", "board", "tensorrt", "l4t"):
+    # What can't be found out in a container or for the moment is no difference. A Jetson's GPU has several names.
+    jetson = bool(manifest.built.get("l4t") and here.get("l4t"))
+    unsure = ("board", "l4t", *(() if jetson else ("gpu",)))
+    for name in ("compute_capability", "tensorrt", *unsure):
         there = manifest.built.get(name, "")
+        if name in unsure and not (there and here.get(name)):
+            continue
         if there != here.get(name, ""):
             raise ModelError(
                 f"the plan was built with {name.replace('_', ' ')} {there or 'none'}, this machine has "
@@ -220,42 +265,6 @@ def check_card(manifest: Manifest, focal_px: float | None, policy: str) -> None:
             )
 
 
-def add_record(folder: Path, record: ParityRecord) -> Path:
-    """Keeps a check: in the export, or where that can't be written, in the user's cache.
-
-    Returns:
-        The file that it was written to.
-
-    Raises:
-        ModelError: `folder` holds no export.
-    """
-    manifest = read_manifest(folder)
-    if manifest is None:
-        raise ModelError(f"{folder} has no {ENGINE_FILE}")
-    # A newer check of the same takes the place of an older one.
-    told = _same(record)
-    kept = tuple(other for other in manifest.parity if _same(other) != told)
-    try:
-        write_manifest(folder, replace(manifest, parity=(*kept, record)))
-        return folder / ENGINE_FILE
-    except OSError:
-        path = _cached(manifest)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        records = [asdict(other) for other in _cached_records(manifest) if _same(other) != told] + [asdict(record)]
-        path.write_text(json.dumps(records, indent=2), encoding="utf-8")
-        return path
-
-
-def known_record(manifest: Manifest, engine: str, version: str) -> ParityRecord | None:
-    """The newest check made here, from the export or from the user's cache."""
-    return replace(manifest, parity=parity_records(manifest)).record(engine, version)
-
-
-def parity_records(manifest: Manifest) -> tuple[ParityRecord, ...]:
-    """All checks that were kept, in the export and in the user's cache, the newest last in each."""
-    return (*manifest.parity, *_cached_records(manifest))
-
-
 def sha256_of(path: Path) -> str:
     """Hex digest of a file."""
     digest = hashlib.sha256()
@@ -263,19 +272,3 @@ def sha256_of(path: Path) -> str:
         while block := file.read(_BLOCK):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _same(record: ParityRecord) -> tuple[Any, ...]:
-    return record.engine, record.version, record.files, tuple(sorted(record.machine.items()))
-
-
-def _cached(manifest: Manifest) -> Path:
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "depthlm_ros" / "parity" / f"{manifest.digest}.json"
-
-
-def _cached_records(manifest: Manifest) -> list[ParityRecord]:
-    try:
-        return [ParityRecord(**record) for record in json.loads(_cached(manifest).read_text(encoding="utf-8"))]
-    except (OSError, ValueError, TypeError, RuntimeError):
-        return []

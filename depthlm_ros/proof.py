@@ -9,23 +9,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from depthlm_ros.errors import EngineError, ParityError
+from depthlm_ros.errors import ConfigError, EngineError, ImageError, ParityError, PixelError
 from depthlm_ros.machine import this_machine
-from depthlm_ros.manifest import (
-    REFERENCE_FOLDER,
-    Manifest,
-    ParityRecord,
-    add_record,
-    check_built,
-    check_card,
-    known_record,
-    read_manifest,
-)
+from depthlm_ros.manifest import REFERENCE_FOLDER, Manifest, check_built, check_card, read_manifest
+from depthlm_ros.parity_records import ParityRecord, add_record, known_record
 
 if TYPE_CHECKING:
     from depthlm_ros.estimator import Estimator
@@ -39,14 +31,22 @@ class Proof:
 
     Attributes:
         sentence: for the log; empty where there is nothing to prove.
-        complaint: for the diagnostics, while the engine isn't proved; empty else.
+        complaint: for the log and the diagnostics, while something isn't proved; empty else.
+        dialects: that it has been compared in; None where it wasn't compared.
+        accepted: whether it failed and is used all the same.
+        absent: servers that couldn't be compared, since they didn't answer.
     """
 
     sentence: str = ""
     complaint: str = ""
+    dialects: tuple[str, ...] | None = None
+    accepted: bool = False
+    absent: tuple[str, ...] = ()
 
 
-def prove(estimator: Estimator, source: Path, reference: str | Path | None, accept_unproven: bool) -> Proof:
+def prove(
+    estimator: Estimator, source: Path, reference: str | Path | None, accept_unproven: bool, variant: str = ""
+) -> Proof:
     """Makes sure that an engine answers as its reference does.
 
     Args:
@@ -54,10 +54,11 @@ def prove(estimator: Estimator, source: Path, reference: str | Path | None, acce
         source: the model's folder, or a hub id.
         reference: folder of reference answers; None takes those beside the engine.
         accept_unproven: go on although it doesn't, and say so for ever.
+        variant: how the engine was set up; a check of another one doesn't count.
 
     Raises:
-        ParityError: it doesn't; the message holds the figures.
-        ModelError, ConfigError: a damaged manifest or reference, an engine made for something else.
+        ParityError: it doesn't, or hasn't been compared in the dialect that it is asked in; with the figures.
+        ModelError, ConfigError: a damaged manifest or reference, an engine or a reference made for something else.
     """
     info = estimator.engine.info
     if info.engine == "transformers" and reference is None:
@@ -68,19 +69,23 @@ def prove(estimator: Estimator, source: Path, reference: str | Path | None, acce
         if info.engine == "tensorrt":
             # The graph beside a plan runs anywhere.
             check_built(manifest)
-    folder = Path(reference) if reference is not None else source / REFERENCE_FOLDER
+    folder = Path(reference).expanduser() if reference is not None else source / REFERENCE_FOLDER
     if reference is None and not folder.is_dir():
         told = (
             f"engine {info.engine} is unproven: there are no reference answers of {estimator.card.name} to compare its "
             "own with; make them where the checkpoint runs (depthlm parity MODEL --record FOLDER) and set reference"
         )
         return Proof(told, told)
-    if manifest is not None and reference is None:
-        # A server may have changed since, and on a machine that isn't this one.
-        record = None if info.engine == "openai" else known_record(manifest, info.engine, info.version)
+    if reference is not None:
+        manifest = None
+    variant = f"{info.device} {info.dtype} {variant}".strip()
+    # A server may have changed since, and on a machine that isn't this one.
+    if manifest is not None and info.engine != "openai":
+        record = known_record(manifest, info.engine, info.version, variant)
         if record is not None and record.passed:
-            return Proof(f"parity was checked here on {record.date[:10]}: {_told(record)}")
-    return _checked(estimator, folder, manifest if reference is None else None, source, accept_unproven)
+            told = f"parity was checked here on {record.date[:10]}: {_told(record)}"
+            return _covered(estimator, Proof(told, dialects=manifest.dialects), accept_unproven)
+    return _covered(estimator, _checked(estimator, folder, manifest, source, accept_unproven, variant), accept_unproven)
 
 
 def prove_each(servers: Sequence[str], load: Callable[[str], Estimator]) -> Proof:
@@ -94,7 +99,8 @@ def prove_each(servers: Sequence[str], load: Callable[[str], Estimator]) -> Proo
         ParityError: one of them answers otherwise.
         EngineError: none of them can be asked.
     """
-    proofs, absent = [], []
+    proofs: list[Proof] = []
+    absent: dict[str, str] = {}
     for url in servers:
         try:
             with load(url) as estimator:
@@ -102,20 +108,43 @@ def prove_each(servers: Sequence[str], load: Callable[[str], Estimator]) -> Proo
         except ParityError:
             raise
         except EngineError as error:
-            absent.append(f"{url} was not compared with its reference, since it can't be asked ({error})")
+            absent[url] = str(error)
     if not proofs:
-        raise EngineError("; ".join(absent))
-    complaints = [proof.complaint for proof in proofs if proof.complaint] + absent
-    return Proof("; ".join(dict.fromkeys(proof.sentence for proof in proofs)), "; ".join(dict.fromkeys(complaints)))
+        raise EngineError("; ".join(absent.values()))
+    complaints = [proof.complaint for proof in proofs if proof.complaint]
+    compared = [proof.dialects for proof in proofs if proof.dialects is not None]
+    if compared:
+        complaints += [
+            f"{url} didn't answer at start, so it was not compared with the reference and is not asked; configure "
+            f"again once it does ({why})"
+            for url, why in absent.items()
+        ]
+    return Proof(
+        "; ".join(dict.fromkeys(proof.sentence for proof in proofs)),
+        "; ".join(dict.fromkeys(complaints)),
+        compared[0] if compared else None,
+        any(proof.accepted for proof in proofs),
+        tuple(absent) if compared else (),
+    )
 
 
 def _checked(
-    estimator: Estimator, folder: Path, manifest: Manifest | None, source: Path, accept_unproven: bool
+    estimator: Estimator, folder: Path, manifest: Manifest | None, source: Path, accept_unproven: bool, variant: str
 ) -> Proof:
-    from depthlm_ros.parity import check, read_reference
+    from depthlm_ros.parity import check
+    from depthlm_ros.references import read_reference
 
     info = estimator.engine.info
-    verdict = check(estimator, read_reference(folder))
+    reference = read_reference(folder)
+    try:
+        verdict = check(estimator, reference)
+    except (ImageError, PixelError) as error:
+        camera = reference.frames[0].camera
+        raise ConfigError(
+            f"the reference in {folder} is of a camera with {camera.width}x{camera.height} pixels and fx "
+            f"{camera.fx:g}, which this engine can't be asked about ({error}); record one of its own camera: depthlm "
+            "parity MODEL --record FOLDER --camera CALIBRATION.yaml"
+        ) from error
     if manifest is not None:
         record = ParityRecord(
             engine=info.engine,
@@ -125,21 +154,44 @@ def _checked(
             passed=verdict.passed,
             figures=verdict.figures,
             date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            variant=variant,
         )
         try:
             add_record(source, record)
         except OSError as error:
             _LOG.warning("the parity check can't be kept (%s); it is made again at the next start", error)
     if verdict.passed:
-        return Proof(f"parity with the reference: {verdict}")
+        return Proof(f"parity with the reference: {verdict}", dialects=verdict.dialects)
     told = f"engine {info.engine} does not answer as {estimator.card.name}: {verdict}"
     if not accept_unproven:
         raise ParityError(
             f"{told}. It is refused: export and build it again, with another precision or version, or set "
             "accept_unproven to use it all the same"
         )
-    _LOG.error("%s; ACCEPTED because accept_unproven is true", told)
-    return Proof(f"ACCEPTED ALTHOUGH UNPROVEN: {told}", told)
+    return Proof(f"ACCEPTED ALTHOUGH IT FAILED: {told}", told, verdict.dialects, accepted=True)
+
+
+def _covered(estimator: Estimator, proof: Proof, accept_unproven: bool) -> Proof:
+    """Keeps the estimator to the dialects that were compared.
+
+    Raises:
+        ParityError: the one that it is to speak wasn't.
+    """
+    left = [dialect for dialect in estimator.dialects if dialect not in (proof.dialects or ())]
+    if not left:
+        return proof
+    told = (
+        f"engine {estimator.engine.info.engine} has not been compared in {', '.join(left)}: the reference has answers "
+        f"in {', '.join(proof.dialects or ())} only"
+    )
+    if accept_unproven:
+        return replace(proof, complaint="; ".join(filter(None, [proof.complaint, told])))
+    if estimator.default_dialect in left:
+        raise ParityError(
+            f"{told}, and it is to be asked in {estimator.default_dialect}; record a reference in it (depthlm parity "
+            f"MODEL --record FOLDER --dialects {estimator.default_dialect}), or set accept_unproven"
+        )
+    return replace(proof, sentence=f"{proof.sentence}; {told}, so it isn't asked in them")
 
 
 def _told(record: ParityRecord) -> str:

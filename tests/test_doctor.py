@@ -21,7 +21,8 @@ from depthlm_ros.doctor import Options, examine, hardware, intrinsics, model, ro
 from depthlm_ros.doctor.page import FAIL, NOTE, OK, WARN, Finding, Page, Section, fail, ok, render, section, warn
 from depthlm_ros.doctor.world import Child, World, run_child
 from depthlm_ros.machine import Machine
-from depthlm_ros.manifest import Manifest, ParityRecord, sha256_of, write_manifest
+from depthlm_ros.manifest import Manifest, sha256_of, write_manifest
+from depthlm_ros.parity_records import ParityRecord
 
 PATIENCE_S = 60.0
 

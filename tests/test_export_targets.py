@@ -17,7 +17,7 @@ from depthlm_ros.cli_inputs import read_calibration
 from depthlm_ros.errors import CameraError, ConfigError, DialectError, ModelError
 from depthlm_ros.estimator import Estimator
 from depthlm_ros.manifest import read_manifest, sha256_of
-from depthlm_ros.parity import camera_of, read_reference
+from depthlm_ros.references import camera_of, read_reference
 from depthlm_training.export_targets import TargetOptions, export_target
 
 pytest.importorskip("onnxscript")
@@ -138,7 +138,7 @@ def test_what_exists_is_left_alone(tmp_path):
 
 
 def test_a_recording_s_frames_are_compared_as_well_if_they_are_of_that_camera(tmp_path):
-    from depthlm_ros.parity import recorded_frames
+    from depthlm_ros.references import recorded_frames
 
     drive = models_dir() / "sample_drive"
     camera = recorded_frames(drive, 1)[0].camera
@@ -160,7 +160,7 @@ def test_a_model_without_a_head_has_no_dense_graph(tmp_path):
 
 
 def reference_of(depth_m, texts=(), dialect: str = "compact"):
-    from depthlm_ros.parity import Asked, Reference
+    from depthlm_ros.references import Asked, Reference
 
     asked = Asked(0, dialect, np.zeros((len(depth_m), 2), np.float32), np.asarray(depth_m, np.float32), tuple(texts))
     return Reference("demo", "a test", (), (asked,))

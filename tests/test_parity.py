@@ -12,37 +12,26 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from depthlm_ros import parity
 from depthlm_ros.camera import Camera, Distortion
 from depthlm_ros.cli import main
 from depthlm_ros.depth import DepthResult
-from depthlm_ros.errors import ConfigError, DialectError, EngineError, ModelError
+from depthlm_ros.errors import ConfigError, DialectError, EngineError, ImageError, ModelError, ParityError
 from depthlm_ros.estimator import Estimator
 from depthlm_ros.machine import Machine
 from depthlm_ros.manifest import (
     ENGINE_FILE,
     Manifest,
-    ParityRecord,
-    add_record,
     check_built,
     check_card,
-    known_record,
     read_manifest,
     require_manifest,
     sha256_of,
     write_manifest,
 )
-from depthlm_ros.parity import (
-    ReferenceFrame,
-    check,
-    compare_maps,
-    default_frames,
-    rank_correlation,
-    read_reference,
-    record_reference,
-    same_answer,
-)
-from depthlm_ros.proof import prove
+from depthlm_ros.parity import check, compare_maps, rank_correlation, record_reference, same_answer
+from depthlm_ros.parity_records import ParityRecord, add_record, known_record
+from depthlm_ros.proof import prove, prove_each
+from depthlm_ros.references import REFERENCE_FILE, ReferenceFrame, default_frames, read_reference, recorded_frames
 
 CAMERA = Camera(fx=200.0, fy=200.0, cx=127.5, cy=95.5, width=256, height=192)
 LENS = Distortion("plumb_bob", (-0.1, 0.02, 0.0, 0.0, 0.0))
@@ -112,12 +101,22 @@ def test_ties_share_their_mean_rank_and_a_constant_has_no_order():
         (lambda d: np.full_like(d, np.nan), "100.00% of the depths are missing"),
         (lambda d: np.full_like(d, 3), "rank correlation nan"),
         (lambda d: np.where(np.arange(len(d)) < 100, d[::-1], d), "rank correlation"),
+        # The farthest of them, in the same order: neither the median nor the ranks see it.
+        (lambda d: np.where(np.arange(len(d)) > 550, d * 1.5, d), "1 of 20 depths is 50.0% off"),
     ],
 )
 def test_each_bound_is_one(change, failure):
     reference = np.geomspace(1, 30, 1000)
     assert not compare_maps(reference, reference * 1.004).failures
     assert any(failure in told for told in compare_maps(reference, change(reference)).failures)
+
+
+def test_before_a_wall_the_order_is_not_judged():
+    rng = np.random.default_rng(0)
+    wall = 2 + rng.normal(0, 0.01, 1000)
+    found = compare_maps(wall, wall * (1 + rng.normal(0, 0.002, 1000)))
+    assert found.rank_correlation is None and not found.failures
+    assert not compare_maps(np.full(100, 2.0), np.full(100, 2.001)).failures
 
 
 def test_a_reference_s_own_gaps_are_not_the_candidate_s():
@@ -136,6 +135,9 @@ def test_a_reference_s_own_gaps_are_not_the_candidate_s():
         ("9.99", "10.00", True),
         ("12", "13", True),
         ("12", "14", False),
+        ("1", "1.99", False),
+        ("1.99", "1", False),
+        ("0.9", "1", True),
         ("about 2.48 m, so 2.48", "about 2.49 m, so 2.49", True),
         ("about 2.48 m", "around 2.48 m", False),
         ("about 2.48 m, so 2.48", "about 2.48 m", False),
@@ -209,9 +211,69 @@ def test_one_frame_out_of_scale_is_enough(demo, reference_folder):
 
 def test_an_engine_with_fewer_dialects_is_compared_in_those(demo, reference_folder):
     verdict = check(Changed(demo, lambda r: r, ("dense",)), read_reference(reference_folder))
-    assert verdict.passed and "not compared in compact" in str(verdict)
+    assert verdict.passed and verdict.dialects == ("dense",)
+    assert "not compared, since the engine isn't asked in them: compact" in str(verdict)
     with pytest.raises(DialectError, match="record a reference"):
         check(Changed(demo, lambda r: r, ("marker",)), read_reference(reference_folder))
+
+
+def damaged_reference(folder: Path, damage: str) -> None:
+    told = folder / REFERENCE_FILE
+    data = json.loads(told.read_text())
+    first, frame = data["asked"][0], data["frames"][0]
+    arrays = dict(np.load(folder / "depths.npz"))
+    raw = (folder / "depths.npz").read_bytes()
+    if damage == "cut arrays":
+        (folder / "depths.npz").write_bytes(raw[:-100])
+    elif damage == "changed arrays":
+        (folder / "depths.npz").write_bytes(raw[:2000] + bytes(64) + raw[2064:])
+    elif damage == "no such frame":
+        first["frame"] = 99
+    elif damage == "frame from behind":
+        first["frame"] = -1
+    elif damage == "another dialect":
+        first["dialect"] = ["dense"]
+    elif damage == "no camera":
+        frame["camera"] = None
+    elif damage == "another camera":
+        frame["camera"]["width"] += 1
+    elif damage == "a file elsewhere":
+        (folder.parent / "secret.png").write_bytes((folder / frame["image"]).read_bytes())
+        frame["image"] = "../secret.png"
+    elif damage == "a link":
+        (folder / frame["image"]).rename(folder.parent / "linked.png")
+        (folder / frame["image"]).symlink_to(folder.parent / "linked.png")
+    elif damage == "too few texts":
+        data["asked"][-1]["texts"] = data["asked"][-1]["texts"][1:]
+    elif damage == "no points":
+        arrays |= {"pixels_0": np.zeros((0, 2), np.float32), "depth_m_0": np.zeros(0, np.float32)}
+    elif damage == "complex depths":
+        arrays["depth_m_0"] = arrays["depth_m_0"].astype(np.complex64)
+    elif damage == "other lengths":
+        arrays["depth_m_0"] = arrays["depth_m_0"][:-1]
+    elif damage == "pixels outside":
+        arrays["pixels_0"] = arrays["pixels_0"] + 10_000
+    told.write_text(json.dumps(data))
+    if "arrays" not in damage:
+        np.savez(folder / "depths.npz", **arrays)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "cut arrays", "changed arrays", "no such frame", "frame from behind", "another dialect", "no camera",
+        "another camera", "a file elsewhere", "a link", "too few texts", "no points", "complex depths",
+        "other lengths", "pixels outside",
+    ],
+)  # fmt: skip
+def test_nothing_of_a_reference_is_believed_before_it_was_looked_at(reference_folder, tmp_path, damage):
+    import shutil
+
+    folder = tmp_path / "copy"
+    shutil.copytree(reference_folder, folder)
+    damaged_reference(folder, damage)
+    with pytest.raises(ModelError, match="is damaged"):
+        read_reference(folder)
 
 
 @pytest.mark.parametrize("damage", ["absent", "cut", "no image", "no arrays", "format"])
@@ -220,7 +282,7 @@ def test_a_damaged_reference_is_told(reference_folder, tmp_path, damage):
 
     folder = tmp_path / "copy"
     shutil.copytree(reference_folder, folder)
-    told = folder / parity.REFERENCE_FILE
+    told = folder / REFERENCE_FILE
     if damage == "absent":
         told.unlink()
     elif damage == "cut":
@@ -280,12 +342,14 @@ def test_a_record_counts_for_its_engine_version_files_and_machine_only(tmp_path)
     write_manifest(tmp_path, manifest)
     add_record(tmp_path, record_of(manifest, ORIN))
     kept = read_manifest(tmp_path)
-    assert kept.record("onnxruntime", "1", ORIN).passed
-    assert kept.record("onnxruntime", "2", ORIN) is None
-    assert kept.record("tensorrt", "1", ORIN) is None
-    for name in ("tensorrt", "gpu", "board", "l4t", "driver"):
-        assert kept.record("onnxruntime", "1", dataclasses.replace(ORIN, **{name: "other"})) is None
-    assert dataclasses.replace(kept, files={"model.onnx": "0" * 64}).record("onnxruntime", "1", ORIN) is None
+    assert known_record(kept, "onnxruntime", "1", machine=ORIN).passed
+    assert known_record(kept, "onnxruntime", "2", machine=ORIN) is None
+    assert known_record(kept, "tensorrt", "1", machine=ORIN) is None
+    assert known_record(kept, "onnxruntime", "1", "cuda:1 float16", ORIN) is None
+    for name in ("tensorrt", "gpu", "board", "l4t", "driver", "cpu", "more_gpus"):
+        assert known_record(kept, "onnxruntime", "1", machine=dataclasses.replace(ORIN, **{name: "other"})) is None
+    other = dataclasses.replace(kept, files={"model.onnx": "0" * 64})
+    assert known_record(other, "onnxruntime", "1", machine=ORIN) is None
     # A newer check takes the older one's place.
     add_record(tmp_path, record_of(manifest, ORIN, passed=False))
     assert [record.passed for record in read_manifest(tmp_path).parity] == [False]
@@ -302,18 +366,24 @@ def test_where_the_export_cant_be_written_the_record_goes_to_the_cache(tmp_path,
     def refuse(*_):
         raise PermissionError("read-only")
 
-    monkeypatch.setattr("depthlm_ros.manifest.write_manifest", refuse)
     from depthlm_ros.machine import this_machine
 
-    path = add_record(folder, record_of(manifest, this_machine()))
+    with monkeypatch.context() as patch:
+        patch.setattr("depthlm_ros.manifest.write_manifest", refuse)
+        path = add_record(folder, record_of(manifest, this_machine()))
     assert path.is_relative_to(tmp_path / "cache")
     assert not read_manifest(folder).parity
     assert known_record(read_manifest(folder), "onnxruntime", "1").passed
+    # The newest counts, wherever it is.
+    add_record(folder, record_of(manifest, this_machine(), passed=False, date="2026-02-01"))
+    assert not known_record(read_manifest(folder), "onnxruntime", "1").passed
+    write_manifest(folder, dataclasses.replace(manifest, parity=(record_of(manifest, this_machine(), date="2025"),)))
+    assert known_record(read_manifest(folder), "onnxruntime", "1").date == "2026-01-01"
 
 
 @pytest.mark.parametrize(
     ("name", "there"),
-    [("tensorrt", "10.13.3"), ("gpu", "Thor"), ("board", "Orin Nano"), ("compute_capability", "11.0")],
+    [("tensorrt", "10.13.3"), ("l4t", "39.2.0"), ("board", "Orin Nano"), ("compute_capability", "11.0")],
 )
 def test_a_plan_of_another_machine_is_refused_with_both_values(tmp_path, name, there):
     built = {**ORIN.as_dict(), "precision": "fp16"}
@@ -321,6 +391,19 @@ def test_a_plan_of_another_machine_is_refused_with_both_values(tmp_path, name, t
     with pytest.raises(ModelError) as told:
         check_built(manifest_of(tmp_path, built={**built, name: there}), ORIN)
     assert there in str(told.value) and getattr(ORIN, name) in str(told.value)
+
+
+def test_what_cant_be_found_out_is_no_difference(tmp_path):
+    built = {**ORIN.as_dict(), "precision": "fp16"}
+    for name in ("board", "l4t"):
+        check_built(manifest_of(tmp_path, built=built), dataclasses.replace(ORIN, **{name: ""}))
+    # nvidia-smi on a Jetson has another name for its GPU than the device tree.
+    check_built(manifest_of(tmp_path, built=built), dataclasses.replace(ORIN, gpu="Orin (nvgpu)"))
+    desktop = Machine("x86_64", gpu="RTX 4090", compute_capability="8.9", tensorrt="10.13")
+    with pytest.raises(ModelError, match="RTX 4090.*RTX 4080"):
+        check_built(manifest_of(tmp_path, built=desktop.as_dict()), dataclasses.replace(desktop, gpu="RTX 4080"))
+    with pytest.raises(ModelError, match="tensorrt 10.13.*none"):
+        check_built(manifest_of(tmp_path, built=desktop.as_dict()), dataclasses.replace(desktop, tensorrt=""))
 
 
 def test_another_focal_length_or_policy_is_refused_with_both_values(tmp_path):
@@ -337,6 +420,10 @@ def test_a_file_that_is_not_the_exported_one_is_refused_with_both_digests(tmp_pa
     path.write_bytes(b"graph")
     write_manifest(tmp_path, manifest_of(tmp_path))
     was = sha256_of(path)
+    (tmp_path / "model.onnx.data").write_bytes(b"of another export")
+    with pytest.raises(ModelError, match="model.onnx.data is not named in engine.json"):
+        require_manifest(tmp_path, "onnxruntime")
+    (tmp_path / "model.onnx.data").unlink()
     path.write_bytes(b"grapf")
     with pytest.raises(ModelError, match=rf"{sha256_of(path)}.*{was}"):
         require_manifest(tmp_path, "onnxruntime")
@@ -353,7 +440,48 @@ def test_an_engine_of_another_target_is_refused(tmp_path):
         require_manifest(tmp_path, "tensorrt")
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[]", '{"format": 1}', '{"format": 9}', "\x00"])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("files", []), ("files", {"/etc/passwd": "0" * 64}), ("files", {"../x": "0" * 64}), ("files", {"a": "short"}),
+        ("image", None), ("image", {"width": "wide"}), ("extra", None), ("versions", []), ("target", ["onnx"]),
+        ("built", "x"), ("focal_px", "200"), ("focal_px", True), ("dialects", [1]), ("made", 1), ("unknown", 1),
+        ("parity", [{"engine": "onnxruntime"}]), ("parity", {}),
+    ],
+)  # fmt: skip
+def test_a_manifest_with_values_of_other_kinds_is_told_and_nothing_outside_is_read(tmp_path, name, value):
+    write_manifest(tmp_path, manifest_of(tmp_path))
+    path = tmp_path / ENGINE_FILE
+    path.write_text(json.dumps({**json.loads(path.read_text()), name: value}))
+    if (name, value) == ("parity", {}):
+        assert read_manifest(tmp_path).parity == ()
+        return
+    with pytest.raises(ModelError, match="export the model again"):
+        read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("passed", "false"), ("machine", "here"), ("figures", None), ("date", 1), ("machine", {"a": 1})]
+)
+def test_a_record_with_values_of_other_kinds_is_told(tmp_path, name, value):
+    manifest = manifest_of(tmp_path)
+    record = {**dataclasses.asdict(record_of(manifest, ORIN)), name: value}
+    write_manifest(tmp_path, manifest)
+    path = tmp_path / ENGINE_FILE
+    path.write_text(json.dumps({**json.loads(path.read_text()), "parity": [record]}))
+    with pytest.raises(ModelError, match="export the model again"):
+        read_manifest(tmp_path)
+
+
+def test_figures_that_json_has_no_number_for_are_kept_as_null(tmp_path):
+    manifest = manifest_of(tmp_path)
+    write_manifest(tmp_path, manifest)
+    add_record(tmp_path, record_of(manifest, ORIN, passed=False, figures={"scale": math.nan}))
+    assert json.loads((tmp_path / ENGINE_FILE).read_text())["parity"][0]["figures"] == {"scale": None}
+    assert [path.name for path in tmp_path.iterdir()] == [ENGINE_FILE]
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"format": 1}', '{"format": 9}', "\x00", "[" * 200_000])
 def test_a_damaged_manifest_is_told(tmp_path, text):
     (tmp_path / ENGINE_FILE).write_text(text)
     with pytest.raises(ModelError, match="export the model again"):
@@ -363,9 +491,10 @@ def test_a_damaged_manifest_is_told(tmp_path, text):
 # ---------------------------------------------------------------- the gate
 
 
-def gate(demo, change, engine: str = "onnxruntime"):
+def gate(demo, change, engine: str = "onnxruntime", dialects=("dense",), default: str = "dense"):
     """The demo as if another engine ran it."""
-    changed = Changed(demo, change)
+    changed = Changed(demo, change, dialects)
+    changed.default_dialect = default
     changed.engine = type("Engine", (), {"info": dataclasses.replace(demo.engine.info, engine=engine, version="1")})()
     return changed
 
@@ -388,6 +517,7 @@ def test_the_gate_passes_remembers_and_refuses(demo, reference_folder, tmp_path)
     write_manifest(export, manifest_of(export, focal_px=demo.card.focal_px, policy=demo.policy))
     with pytest.raises(EngineError, match=r"does not answer as demo: .*scale 1.5.*accept_unproven"):
         prove(gate(demo, worse), export, None, False)
+    assert "compact" not in str(read_manifest(export).dialects)
     # What failed isn't a reason to believe it; nor is it forgotten.
     assert [record.passed for record in read_manifest(export).parity] == [False]
     accepted = prove(gate(demo, worse), export, None, True)
@@ -409,9 +539,67 @@ def test_without_reference_answers_an_engine_is_unproven_and_says_so(demo, tmp_p
     assert "unproven" in proof.complaint and "depthlm parity MODEL --record" in proof.complaint
 
 
+def test_a_dialect_that_was_not_compared_is_not_asked(demo, reference_folder, tmp_path):
+    four = {"dialects": ("dense", "coordinates", "marker", "compact")}
+    proof = prove(gate(demo, same, **four), tmp_path, reference_folder, False)
+    assert set(proof.dialects) == {"dense", "compact"} and not proof.complaint
+    assert "not been compared in coordinates, marker" in proof.sentence
+    with pytest.raises(ParityError, match="to be asked in marker; record a reference in it"):
+        prove(gate(demo, same, **four, default="marker"), tmp_path, reference_folder, False)
+    accepted = prove(gate(demo, same, **four, default="marker"), tmp_path, reference_folder, True)
+    assert "not been compared in coordinates, marker" in accepted.complaint
+    with Estimator.load("demo", device="cpu", dtype="float32", reference=reference_folder) as estimator:
+        assert set(estimator.dialects) == {"dense", "compact"}
+        with pytest.raises(DialectError):
+            estimator.card.require_dialect("marker")
+
+
+def test_a_check_of_another_setup_doesnt_count(demo, reference_folder, tmp_path):
+    import shutil
+
+    export = tmp_path / "export"
+    export.mkdir()
+    shutil.copytree(reference_folder, export / "reference")
+    write_manifest(export, manifest_of(export, focal_px=demo.card.focal_px, policy=demo.policy))
+    asked = []
+    for variant, times in (("guided", 2), ("guided", 2), ("unguided", 4)):
+        prove(gate(demo, lambda r: asked.append(r) or r), export, None, False, variant)
+        assert len(asked) == times
+
+
+def test_a_server_that_was_absent_is_left_out_once_another_one_is_proved(demo, reference_folder, tmp_path):
+    import contextlib
+
+    def load(url):
+        if url == "b":
+            raise EngineError("connection refused")
+        proved = type("Proved", (contextlib.nullcontext,), {})()
+        proved.enter_result = type("E", (), {"proof": prove(gate(demo, same), tmp_path, reference_folder, False)})()
+        return proved
+
+    proof = prove_each(["a", "b"], load)
+    assert proof.absent == ("b",) and proof.dialects == ("dense",)
+    assert "b didn't answer at start" in proof.complaint and "connection refused" in proof.complaint
+    with pytest.raises(EngineError, match="connection refused"):
+        prove_each(["b"], load)
+
+
+def test_an_answer_kind_of_one_s_own_is_not_what_is_compared(reference_folder):
+    with Estimator.load("demo", device="cpu", dtype="float32", reference=reference_folder, depth_kind="euclidean") as e:
+        assert e.card.depth_kind == "euclidean" and e.proof.dialects
+
+
+def test_a_reference_of_a_camera_that_the_engine_cant_be_asked_about_is_told(demo, reference_folder, tmp_path):
+    def refuse(_):
+        raise ImageError("an image of 256x192 pixels")
+
+    with pytest.raises(ConfigError, match="256x192 pixels and fx 200.*--camera"):
+        prove(gate(demo, refuse), tmp_path, reference_folder, False)
+
+
 def test_a_reference_of_one_s_own_is_taken_also_for_transformers(demo, reference_folder, tmp_path):
     assert prove(gate(demo, same, "transformers"), tmp_path, None, False).sentence == ""
-    assert prove(gate(demo, same, "transformers"), tmp_path, reference_folder, False).sentence
+    assert prove(gate(demo, same, "transformers"), tmp_path, reference_folder, False).dialects == ("dense",)
     with pytest.raises(EngineError):
         prove(gate(demo, worse, "transformers"), tmp_path, reference_folder, False)
 
@@ -433,6 +621,29 @@ def test_the_command_records_and_compares(tmp_path, capsys):
     assert "REFUSED" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["{folder}", "demo", "--bag", "nowhere"], "--bag is about a model as REFERENCE"),
+        (["{folder}", "demo", "--dialects", "compact"], "--dialects is about a model as REFERENCE"),
+        (["{folder}", "demo", "--reference-dtype", "float16"], "--reference-dtype is about"),
+        (["demo", "--record", "{out}", "--engine", "onnxruntime"], "--engine is about a CANDIDATE"),
+        (["demo", "--record", "{out}", "--size", "640x480"], "neither --fx nor --fov-deg"),
+    ],
+)
+def test_the_command_ignores_nothing(reference_folder, tmp_path, capsys, arguments, told):
+    filled = [text.format(folder=reference_folder, out=tmp_path / "out") for text in arguments]
+    assert main(["parity", *filled]) == 1
+    assert told in capsys.readouterr().err
+
+
+def test_the_command_records_for_a_camera(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main("parity demo --record mine --dialects dense --size 160x120 --fx 130".split()) == 0
+    camera = read_reference(tmp_path / "mine").frames[0].camera
+    assert (camera.width, camera.height, camera.fx) == (160, 120, 130.0)
+
+
 def test_the_command_wants_one_of_candidate_and_record(capsys):
     assert main(["parity", "demo"]) == 1
     assert "name a CANDIDATE" in capsys.readouterr().err
@@ -441,7 +652,7 @@ def test_the_command_wants_one_of_candidate_and_record(capsys):
 def test_frames_of_a_recording_are_compared(demo, tmp_path):
     from depthlm_ros.cards import models_dir
 
-    frames = parity.recorded_frames(models_dir() / "sample_drive", 2)
+    frames = recorded_frames(models_dir() / "sample_drive", 2)
     assert len(frames) == 2 and isinstance(frames[0], ReferenceFrame)
     record_reference(demo, frames, tmp_path / "r", ["dense"])
     assert check(demo, read_reference(tmp_path / "r")).passed

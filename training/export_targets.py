@@ -7,6 +7,7 @@ answers in float32 about rendered frames, and `engine.json`, which names them al
 
 from __future__ import annotations
 
+import math
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
@@ -31,15 +32,8 @@ from depthlm_ros.manifest import (
     write_manifest,
 )
 from depthlm_ros.modelcard import ModelCard
-from depthlm_ros.parity import (
-    Reference,
-    camera_values,
-    compare_maps,
-    default_frames,
-    record_reference,
-    recorded_frames,
-    same_answer,
-)
+from depthlm_ros.parity import compare_maps, record_reference, same_answer
+from depthlm_ros.references import Reference, ReferenceFrame, camera_values, default_frames, recorded_frames
 from depthlm_training.config import as_yaml
 
 Exporter = Callable[..., Manifest]
@@ -94,6 +88,7 @@ def export_target(
         raise ConfigError(f"target is {target!r}; choose one of {', '.join(TARGETS)}")
     if out.exists():
         raise ConfigError(f"{out} exists already; delete it or name another folder")
+    added = _frames_of(options.bag, camera)
     card, source = load_card(model)
     small = open_processor(source, card.revision).folder
     with Estimator.load(model, device="cpu", dtype="float32") as estimator:
@@ -107,7 +102,7 @@ def export_target(
             _add_small_files(small, made)
             _add_card(estimator.card, manifest, str(source), made)
             if manifest.dialects:
-                agreement = _add_reference(model, estimator, manifest, made, camera, options)
+                agreement = _add_reference(model, estimator, manifest, made, added + default_frames(camera), options)
                 manifest = replace(manifest, extra={**manifest.extra, **agreement})
             files = {path.relative_to(made).as_posix(): sha256_of(path) for path in sorted(_files(made))}
             manifest = replace(manifest, files=files, camera=camera_values(camera))
@@ -161,23 +156,43 @@ def _add_card(card: ModelCard, manifest: Manifest, source: str, made: Path) -> N
     (made / CARD_FILE).write_text(as_yaml(kept), encoding="utf-8")
 
 
+def _frames_of(bag: Path | None, camera: Camera) -> list[ReferenceFrame]:
+    """Frames of a recording that the engine can be asked about.
+
+    Raises:
+        ConfigError: it was recorded with another camera.
+    """
+    frames = [] if bag is None else recorded_frames(bag)
+    for frame in frames:
+        seen = frame.camera
+        same = _outline(seen) == _outline(camera)
+        values = [(getattr(seen, n), getattr(camera, n)) for n in ("fx", "fy", "cx", "cy")] if same else []
+        # A calibration file has fewer digits than a message.
+        if not (same and all(math.isclose(a, b, rel_tol=1e-3) for a, b in values)):
+            raise ConfigError(
+                f"{bag} was recorded with {seen}, the export is for {camera}; name that camera, or leave the recording "
+                "out"
+            )
+    return frames
+
+
+def _outline(camera: Camera) -> tuple[int, int, str]:
+    return camera.width, camera.height, camera.distortion.model
+
+
 def _add_reference(
-    model: str, estimator: Estimator, manifest: Manifest, made: Path, camera: Camera, options: TargetOptions
+    model: str,
+    estimator: Estimator,
+    manifest: Manifest,
+    made: Path,
+    frames: Sequence[ReferenceFrame],
+    options: TargetOptions,
 ) -> dict[str, Any]:
     """Records the reference answers; returns what is told of them in the manifest.
 
     Raises:
         EngineError: in fewer bits the checkpoint itself answers otherwise than in float32.
     """
-    frames = default_frames(camera)
-    if options.bag is not None:
-        added = recorded_frames(options.bag)
-        if added[0].camera != camera:
-            raise ConfigError(
-                f"{options.bag} was recorded with {added[0].camera}, the export is for {camera}; name that camera, or "
-                "leave the recording out"
-            )
-        frames = added + frames
     folder, dialects = made / REFERENCE_FOLDER, manifest.dialects
     dtype = options.reference_dtype or reference_dtype(manifest)
     if dtype == "float32":

@@ -29,8 +29,8 @@ from depthlm_ros.engines.linear import ACTIVATIONS
 from depthlm_ros.errors import ConfigError, DialectError, EngineError, MissingDependencyError, ModelError
 from depthlm_ros.manifest import Manifest, sha256_of
 from depthlm_ros.onnx_precision import lower_precision
-from depthlm_ros.parity import camera_values
 from depthlm_ros.prompts import dense_question
+from depthlm_ros.references import camera_values
 from depthlm_training.onnx_constants import check_resampling, constants_of
 from depthlm_training.onnx_graph import DenseGraph
 

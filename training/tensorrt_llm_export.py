@@ -31,8 +31,8 @@ from depthlm_ros.engines.transformers_engine import TransformersEngine
 from depthlm_ros.errors import ConfigError, DialectError, EngineError, ModelError
 from depthlm_ros.estimator import Estimator
 from depthlm_ros.manifest import Manifest, sha256_of
-from depthlm_ros.parity import default_frames
 from depthlm_ros.prompts import compact_question, coordinates_question, marker_question
+from depthlm_ros.references import default_frames
 from depthlm_training.edge_llm_sizes import Sizes, plan_sizes
 from depthlm_training.tensorrt_llm_layout import Weights, link_weights, write_small_files, write_weights
 

@@ -21,10 +21,10 @@ from depthlm_ros.manifest import (
     check_built,
     check_card,
     check_files,
-    parity_records,
     read_manifest,
 )
 from depthlm_ros.modelcard import ModelCard
+from depthlm_ros.parity_records import parity_records
 
 DENSE_ENGINES = ("onnxruntime", "tensorrt")
 WORD_ENGINES = ("tensorrt_llm", "openai", "edge_llm")

@@ -188,6 +188,10 @@ class WordedEngine:
             "onnxruntime, tensorrt or transformers"
         )
 
+    def leave_out(self, urls: Sequence[str]) -> None:
+        """Has a backend with several servers never ask these."""
+        self._backend.leave_out(urls)
+
     def close(self) -> None:
         """Gives back the backend's connections and memory."""
         self._backend.close()

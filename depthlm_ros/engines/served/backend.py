@@ -10,6 +10,7 @@ import concurrent.futures
 import time
 from collections.abc import Sequence
 
+from depthlm_ros.engines.served.address import Address
 from depthlm_ros.engines.served.asking import Over, Question
 from depthlm_ros.engines.served.frame import Frame, Limits
 from depthlm_ros.engines.served.images import pictures_of
@@ -63,6 +64,12 @@ class ServedBackend:
             EngineError: there is none.
         """
         return self._servers.choose({})
+
+    def leave_out(self, urls: Sequence[str]) -> None:
+        """Never asks these: they couldn't be compared with their reference."""
+        names = {Address.parse(url).base for url in urls}
+        for server in self._servers.all:
+            server.trusted = server.name not in names
 
     def ask(self, asks: Sequence[Ask]) -> list[Reply]:
         """Answers all of them, in their order, greedily; as `worded.Backend.ask`.

@@ -37,6 +37,7 @@ class Server:
         client: talks to it.
         peer: who it is; None until it has answered once.
         busy: most requests under way at once as things are; fewer than it may have when it says that it is busy.
+        trusted: whether it may be asked at all.
     """
 
     def __init__(self, client: Client, concurrency: int) -> None:
@@ -44,6 +45,7 @@ class Server:
         self.client = client
         self.peer: Peer | None = None
         self.busy = concurrency
+        self.trusted = True
         self._most = concurrency
         self._lock = threading.Lock()
         self._down: tuple[str, float] | None = ("has not been asked yet", time.monotonic())
@@ -59,7 +61,7 @@ class Server:
     @property
     def up(self) -> bool:
         """Whether it is worth asking."""
-        return self._down is None
+        return self._down is None and self.trusted
 
     def require_peer(self) -> Peer:
         """Who it is.
@@ -97,6 +99,8 @@ class Server:
     def reason(self) -> str:
         """Why it is down; empty while it is up."""
         down = self._down
+        if not self.trusted:
+            return f"{self.name} was not compared with its reference"
         return "" if down is None else f"{self.name} {down[0]}"
 
     def complaints(self) -> list[str]:
