@@ -561,10 +561,14 @@ def export(folder: Path, device: Device, **changes: Any) -> Path:
         "target": "onnx", "model": "demo", "source": "demo", "source_sha256": {}, "made": "2026-11-21T12:00:00+00:00",
         "versions": {"onnx": "1.19"}, "precision": "float32", "dialects": ("dense",), "focal_px": 200.0,
         "policy": "exact", "image": {"width": 224, "height": 160},
-        "files": {"model.onnx": sha256_of(folder / "model.onnx")}, **changes,
+        "files": files_of(folder), **changes,
     })  # fmt: skip
     write_manifest(folder, manifest)
     return folder
+
+
+def files_of(folder: Path) -> dict[str, str]:
+    return {name: sha256_of(folder / name) for name in ("config.json", "model.onnx")}
 
 
 def test_exports(tmp_path: Path) -> None:
@@ -610,7 +614,7 @@ def test_parity_records_count_where_they_were_made(tmp_path: Path) -> None:
     world = device.world()
     here = world.machine.as_dict()
     folder = export(tmp_path / "export", device, built=here)
-    digest = Manifest(**{**READ, "files": {"model.onnx": sha256_of(folder / "model.onnx")}}).digest
+    digest = Manifest(**{**READ, "files": files_of(folder)}).digest
     record = ParityRecord(engine="tensorrt", version="tensorrt 10.16.2.10", machine=here, files=digest, passed=True,
                           figures={"abs_rel": 0.0012, "frames": 4}, date="2026-11-20T10:00:00+00:00")  # fmt: skip
 
@@ -637,7 +641,7 @@ READ: dict[str, Any] = {
 
 
 def export_again(folder: Path, device: Device, here: dict[str, str], records: tuple[ParityRecord, ...]) -> Path:
-    manifest = Manifest(**{**READ, "built": here, "files": {"model.onnx": sha256_of(folder / "model.onnx")}})
+    manifest = Manifest(**{**READ, "built": here, "files": files_of(folder)})
     write_manifest(folder, replace(manifest, parity=records))
     return folder
 

@@ -278,7 +278,7 @@ def _parity(world: World, folder: Path, manifest: Manifest, engine: str) -> Iter
                 "where the checkpoint runs: depthlm parity MODEL --record FOLDER; here: set reference",
             )
         return
-    newest = records[-1]
+    newest = max(records, key=lambda record: record.date)
     figures = ", ".join(f"{name} {value:.4g}" for name, value in newest.figures.items() if isinstance(value, float))
     verdict = "passed" if newest.passed else "FAILED"
     told = f"parity on this machine, {newest.date[:10]}, {newest.version}: {verdict} ({figures})"
