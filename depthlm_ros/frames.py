@@ -143,9 +143,18 @@ class FramePath:
 
     def _tell_pose(self, done: MeasuredFrame) -> MeasuredFrame:
         begun = time.perf_counter()
-        told = self._inference.pose(done.frame, run=done.activation)
+        try:
+            told = self._inference.pose(done.frame, run=done.activation)
+            if told is not None:
+                self._deadline(done.arrival, "pose")
+        except EngineError as error:
+            # An engine that knows the deadline gives up by itself. Depth that is out already is no failed frame.
+            if done.measured is None or not self._too_late(done.arrival, "pose"):
+                raise
+            told = None
+            self._monitor.pose_late(str(error))
+            self._node.complain("late pose", f"no relative pose: {error}")
         if told is not None:
-            self._deadline(done.arrival)
             first, pose = told
             message = pose_message(first, pose)
             self._monitor.pose_done(message is not None)
@@ -157,7 +166,7 @@ class FramePath:
         ended = time.perf_counter()
         return replace(done, timing_s=done.timing_s | {"pose": ended - begun}, ended_s=ended)
 
-    def _deadline(self, arrival: Arrival) -> float | None:
+    def _deadline(self, arrival: Arrival, what: str = "answer") -> float | None:
         """When an answer about an image is of no use any more, in seconds of `time.monotonic`; None for never.
 
         Its age counts from when it came: the clock of a camera or of a recording may be any.
@@ -165,16 +174,20 @@ class FramePath:
         Raises:
             EngineError: it is too late already.
         """
+        if late := self._too_late(arrival, what):
+            raise EngineError(late)
         most = self._node.parameters.max_age_s
-        if not most:
-            return None
-        age = time.perf_counter() - arrival.seconds
-        if age > most:
-            raise EngineError(
-                f"the answer came {age:.1f} s after the image, max_age_s is {most:g}: not published; ask fewer points, "
-                "take a faster engine, or allow more"
-            )
-        return time.monotonic() + most - age
+        return time.monotonic() + most - (time.perf_counter() - arrival.seconds) if most else None
+
+    def _too_late(self, arrival: Arrival, what: str) -> str:
+        """How late an answer is; empty while it is of use."""
+        most, age = self._node.parameters.max_age_s, time.perf_counter() - arrival.seconds
+        if not most or age <= most:
+            return ""
+        return (
+            f"the {what} came {age:.1f} s after the image, max_age_s is {most:g}: not published; ask fewer points, "
+            "take a faster engine, or allow more"
+        )
 
     def _both(self, pair: Pair) -> Pair:
         return pair[0], self._node.require_info(pair[1])

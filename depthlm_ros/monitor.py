@@ -67,7 +67,7 @@ class Monitor:
         self._failed = 0
         self._failed_before = self._processed_before = 0
         self._unaskable = self._shifted = 0
-        self._questions = self._poses = self._poses_unread = 0
+        self._questions = self._poses = self._poses_unread = self._poses_late = 0
         self._unanswered_questions = self._unanswered_questions_before = 0
         self._last_error = ""
 
@@ -116,6 +116,12 @@ class Monitor:
             self._poses += read
             self._poses_unread += not read
 
+    def pose_late(self, reason: str) -> None:
+        """Notes a relative pose that came too late, after the depth of its frame."""
+        with self._lock:
+            self._poses_late += 1
+            self._last_error = reason
+
     def note(self, error: str) -> None:
         """Notes an error that isn't about one frame."""
         with self._lock:
@@ -160,8 +166,9 @@ class Monitor:
                 "questions answered": str(self._questions),
                 "questions unanswered": str(self._unanswered_questions),
             }
-            if self._poses or self._poses_unread:
+            if self._poses or self._poses_unread or self._poses_late:
                 values |= {"poses told": str(self._poses), "poses not readable": str(self._poses_unread)}
+                values |= {"poses too late": str(self._poses_late)}
             values |= {f"latency {stage} ms": str(latency) for stage, latency in self._latencies().items()}
             values["last error"] = self._last_error
             last_error = self._last_error

@@ -13,7 +13,9 @@ asks.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
+import re
 import signal
 import sys
 import threading
@@ -55,8 +57,12 @@ _HOUSEKEEPING_S = 0.1
 _DIAGNOSTICS_S = 1.0
 # A camera can fail thirty times a second; a person reads one line of it.
 _LOG_INTERVAL_S = 5.0
-# What is wrong with the model as a whole is told as often.
+# ... and a complaint about the model, which may last for days.
 _REMINDER_INTERVAL_S = 60.0
+_NUMBER = re.compile(r"\d+(\.\d+)?")
+# A terminal and ros2 launch tell one Ctrl-C within this time; so many of them end the process wherever it is.
+_ONE_CTRL_C_S = 1.0
+_CTRL_CS_TO_END = 3
 # Engines that are told their threads in their options, on machines that may have no torch. The others at least make the
 # model's input with it.
 _WITHOUT_TORCH = ("onnxruntime",)
@@ -167,6 +173,7 @@ class DepthNode(LifecycleNode):
             raise
         for line in self._estimator.describe():
             self.get_logger().info(line)
+        self._remind(at_once=True)
         self._monitor = Monitor()
         inference = Inference(self._estimator)
         frames = FramePath(self, inference, self._monitor, self._wanted)
@@ -188,6 +195,7 @@ class DepthNode(LifecycleNode):
         with self._publishing:
             self._activation += 1
         self._active = True
+        self._remind(at_once=True)
         self._camera.resolve()
         image, info = self._camera.image_topic, self._camera.info_topic
         if "rect" in image.rsplit("/", 1)[-1] and not self.parameters.rectified:
@@ -362,16 +370,38 @@ class DepthNode(LifecycleNode):
         if self._may_complain(about):
             self.get_logger().warning(text)
 
-    def _may_complain(self, about: str) -> bool:
+    def _may_complain(self, about: str, interval_s: float = _LOG_INTERVAL_S) -> bool:
         now = time.monotonic()
-        if now - self._complaints.get(about, -_LOG_INTERVAL_S) < _LOG_INTERVAL_S:
+        if now - self._complaints.get(about, -math.inf) < interval_s:
             return False
         self._complaints[about] = now
         return True
 
+    def _remind(self, at_once: bool = False) -> None:
+        """Logs what is wrong with the model: whoever accepted it is told for as long as it runs.
+
+        Args:
+            at_once: also what was told less than a minute ago.
+        """
+        if self._estimator is None:
+            return
+        for sentence in self._estimator.complaints:
+            # Sentences count seconds, and are the same all the same.
+            about = f"model: {_NUMBER.sub('#', sentence)}"
+            if at_once:
+                self._complaints.pop(about, None)
+            if not self._may_complain(about, _REMINDER_INTERVAL_S):
+                continue
+            proof = self._estimator.proof
+            if proof.accepted and sentence == proof.complaint:
+                self.get_logger().error(f"ACCEPTED because accept_unproven is true: {sentence}")
+            else:
+                self.get_logger().warning(sentence)
+
     # Diagnostics
 
     def _report(self) -> None:
+        self._remind()
         asked = self._questions
         for sentence in self._mismatches.explain(
             self,
@@ -420,29 +450,53 @@ class _Interrupt:
 
     rclpy's own handler ends the context at once, and Python raises KeyboardInterrupt for the same signal a little
     later: in the handling of what the ended context led to, or in the clean-up. A terminal and `ros2 launch` may both
-    send the signal, too.
+    send the signal, too: what comes within a second is one Ctrl-C.
+
+    A KeyboardInterrupt in a finaliser or in a callback of another library is swallowed there. So a second Ctrl-C
+    raises again, and a third one ends the process.
     """
 
     def __init__(self) -> None:
-        self._told = False
+        self._muted = False
+        self._count = 0
+        self._last_s = -math.inf
         self._before: Any = None
         if threading.current_thread() is threading.main_thread():
             # Before rclpy.init: its handler calls the one that it finds.
             self._before = signal.signal(signal.SIGINT, self._handle)
 
     def _handle(self, number: int, frame: object) -> None:
-        if not self._told:
-            self._told = True
-            raise KeyboardInterrupt
+        now = time.monotonic()
+        if self._muted or now - self._last_s < _ONE_CTRL_C_S:
+            return
+        self._last_s = now
+        self._count += 1
+        if self._count == _CTRL_CS_TO_END:
+            os.write(2, b"depth_node: ended by the third Ctrl-C\n")
+            os._exit(128 + number)
+        raise KeyboardInterrupt
 
     def ignore(self) -> None:
         """From here on the signal does nothing."""
-        self._told = True
+        self._muted = True
 
     def restore(self) -> None:
         """Puts back the handler that was there; after rclpy has removed its own."""
         if self._before is not None:
             signal.signal(signal.SIGINT, self._before)
+
+
+def _init_ros(args: list[str] | None) -> bool:
+    """Starts ROS; False where it doesn't, with the reason on standard error."""
+    try:
+        rclpy.init(args=args)
+    except RuntimeError as error:
+        # A wrong --ros-args, or no place for the log, which ROS names by the line of its own source only.
+        no_log = not any(os.environ.get(name) for name in ("ROS_LOG_DIR", "ROS_HOME", "HOME"))
+        remedy = "set HOME or ROS_LOG_DIR, ROS writes its log there" if no_log else "correct what follows --ros-args"
+        print(f"depth_node: ROS does not start: {error}; {remedy}", file=sys.stderr)
+        return False
+    return True
 
 
 def main(args: list[str] | None = None, load: EstimatorFactory = load_estimator) -> int:
@@ -456,23 +510,18 @@ def main(args: list[str] | None = None, load: EstimatorFactory = load_estimator)
     """
     use_large_message_profile(os.environ)
     interrupt = _Interrupt()
-    try:
-        rclpy.init(args=args)
-    except RuntimeError as error:
-        # A wrong --ros-args, or no place for the log, which ROS names by the line of its own source only.
-        no_log = not any(os.environ.get(name) for name in ("ROS_LOG_DIR", "ROS_HOME", "HOME"))
-        remedy = "set HOME or ROS_LOG_DIR, ROS writes its log there" if no_log else "correct what follows --ros-args"
-        print(f"depth_node: ROS does not start: {error}; {remedy}", file=sys.stderr)
-        return 1
     node = None
     status = 0
     try:
         try:
-            node = DepthNode(load)
-            if node.parameters.autostart and not node.start():
+            if not _init_ros(args):
                 status = 1
             else:
-                rclpy.spin(node)
+                node = DepthNode(load)
+                if node.parameters.autostart and not node.start():
+                    status = 1
+                else:
+                    rclpy.spin(node)
         except ConfigError as error:
             print(f"depth_node: {error}", file=sys.stderr)
             status = 1
@@ -484,7 +533,7 @@ def main(args: list[str] | None = None, load: EstimatorFactory = load_estimator)
                 raise
         interrupt.ignore()
     except KeyboardInterrupt:
-        pass
+        interrupt.ignore()
     ended = node.close() if node is not None else True
     rclpy.try_shutdown()
     if not ended:

@@ -32,6 +32,7 @@ from depthlm_ros.engines.base import EngineInfo  # noqa: E402
 from depthlm_ros.errors import ConfigError, ModelError  # noqa: E402
 from depthlm_ros.messages import camera_info_message, decode_depth, decode_image, read_cloud, rgb_message  # noqa: E402
 from depthlm_ros.node import DepthNode  # noqa: E402
+from depthlm_ros.proof import Proof  # noqa: E402
 
 PATIENCE_S = 15.0
 # What the node promises its neighbours while a frame is in work.
@@ -51,6 +52,7 @@ class PacedEstimator:
         info = EngineInfo("paced", "paced", "none", "cpu", "float32", ("it is a test",), 0, True)
         self.engine = SimpleNamespace(info=info)
         self.complaints: tuple[str, ...] = ()
+        self.proof = Proof()
         self.gate = threading.Event()
         self.gate.set()
         self.entered = threading.Event()

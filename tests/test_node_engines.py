@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -14,9 +15,12 @@ pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
 from lifecycle_msgs.msg import Transition  # noqa: E402
+from rcl_interfaces.msg import Log  # noqa: E402
+from rclpy.logging import LoggingSeverity  # noqa: E402
 from sensor_msgs.msg import PointCloud2  # noqa: E402
 from test_node import CAMERA, PATIENCE_S, World, until, value, worlds  # noqa: E402, F401
 
+from depthlm_ros import node  # noqa: E402
 from depthlm_ros.node import load_estimator  # noqa: E402
 from depthlm_ros.references import REFERENCE_FILE  # noqa: E402
 
@@ -126,16 +130,51 @@ def test_an_engine_that_answers_otherwise_is_refused_at_configure_and_the_node_l
         world.close()
 
 
-def test_an_unproven_engine_that_was_accepted_is_complained_of_while_it_runs(ros_domain, wrong):
+def test_an_unproven_engine_that_was_accepted_is_complained_of_while_it_runs(ros_domain, wrong, monkeypatch):
     world = engine_world(wrong, accept_unproven=True)
     try:
+        logged: list[Log] = []
+        world.peer.create_subscription(Log, "/rosout", logged.append, 100)
+
+        def told() -> list[Log]:
+            return [line for line in logged if line.msg.startswith("ACCEPTED because accept_unproven is true")]
+
+        def wait_for(count: int, why: str) -> None:
+            until(lambda: len(told()) >= count, why)
+            # Reports come every second; a reminder with each of them would be none.
+            world.status_where(lambda s: "does not answer as demo" in s.message, "the complaint")
+            assert len(told()) == count
+
+        until(lambda: world.peer.count_publishers("/rosout") == 2, "the logs")
         assert world.transition(Transition.TRANSITION_CONFIGURE)[0]
+        wait_for(1, "the line of the load")
         assert world.transition(Transition.TRANSITION_ACTIVATE)[0]
+        wait_for(2, "the line of the activation")
         for _ in range(2):
             status = world.status_where(lambda s: "does not answer as demo" in s.message, "the complaint")
             assert status.level == status.WARN
+        assert len(told()) == 2
+        assert {line.level for line in told()} == {LoggingSeverity.ERROR.value}
+        assert "does not answer as demo" in told()[0].msg
+        # As when a minute has gone by.
+        monkeypatch.setattr(node, "_REMINDER_INTERVAL_S", 0.0)
+        until(lambda: len(told()) >= 4, "the reminders")
     finally:
         world.close()
+
+
+def test_what_an_engine_complains_of_is_logged_once_a_minute_whatever_seconds_it_tells(worlds, monkeypatch):  # noqa: F811
+    world = worlds()
+    lines: list[str] = []
+    logger = SimpleNamespace(warning=lines.append, error=lines.append, debug=lambda text: None)
+    monkeypatch.setattr(world.node, "get_logger", lambda: logger)
+    for seconds in (3, 4):
+        world.estimator.complaints = (f"http://server has not answered for {seconds} s",)
+        world.status_where(lambda s: f"for {seconds} s" in s.message, "the complaint")  # noqa: B023
+    assert lines == ["http://server has not answered for 3 s"]
+    world.estimator.complaints = ("http://other has not answered for 1 s",)
+    world.status_where(lambda s: "http://other" in s.message, "the other complaint")
+    assert lines[1:] == ["http://other has not answered for 1 s"]
 
 
 def test_the_reference_is_part_of_what_is_proved(wrong):

@@ -453,6 +453,29 @@ def test_a_pose_that_cannot_be_read_is_not_published_but_counted(worlds):
     assert world.heard["relative_pose"] == []
 
 
+def test_a_pose_that_comes_too_late_does_not_undo_the_depth_before_it(worlds):
+    world = worlds("depth", "pose", relative_pose=True, max_age_s=0.5)
+    world.listen(PoseStamped, "relative_pose")
+    world.listen(PointCloud2, "points")
+    world.camera()
+    world.send(stamp=1)
+    until(lambda: world.node.counts.processed == 1, "the first frame")
+    answer = world.speaker.answer_about
+
+    def slowly(*arguments: Any) -> list[Answer]:
+        time.sleep(0.6)
+        return answer(*arguments)
+
+    world.speaker.engine.answer_about = slowly
+    world.send(stamp=2)
+    until(lambda: world.node.counts.processed == 2, "the second frame")
+    assert stamps(world.heard["points"]) == [1, 2] and world.heard["relative_pose"] == []
+    status = world.status_where(lambda s: value(s, "frames processed") == "2", "the counts")
+    assert (value(status, "frames failed"), value(status, "poses too late")) == ("0", "1")
+    assert "s after the image, max_age_s is 0.5: not published" in value(status, "last error")
+    assert float(value(status, "latency pose ms").split("95 %: ")[1].rstrip(")")) >= 600
+
+
 def test_no_pose_spans_a_deactivation(worlds):
     world = worlds("pose", relative_pose=True)
     world.listen(PoseStamped, "relative_pose")

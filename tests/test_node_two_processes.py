@@ -316,7 +316,7 @@ def test_without_autostart_the_node_waits_unconfigured_and_ends_on_ctrl_c(ros_do
     assert process.stop() == 0, process.log
 
 
-@pytest.mark.parametrize("turn", range(3))
+@pytest.mark.parametrize("turn", range(4))
 def test_ctrl_c_while_the_node_is_being_made_ends_it_with_one_exit_status(turn):
     # rclpy ends the context first and Python interrupts later, where the first has led to: both are one Ctrl-C.
     process = NodeProcess([sys.executable, "-c", INTERRUPTED_NODE, str(turn)])
@@ -336,6 +336,12 @@ if turn == 0:
         os.kill(os.getpid(), signal.SIGINT)
         made(self, load)
     node.DepthNode.__init__ = interrupted
+elif turn == 3:
+    started = node.rclpy.init
+    def interrupted(args):
+        os.kill(os.getpid(), signal.SIGINT)
+        started(args=args)
+    node.rclpy.init = interrupted
 elif turn == 1:
     made = node.DepthNode.__init__
     def interrupted(self, load):
@@ -357,6 +363,73 @@ else:
 status = node.main(["--ros-args", "-p", "autostart:=false", "-p", "model:=/nowhere"])
 print("ended", flush=True)
 sys.exit(status)
+"""
+
+
+@pytest.mark.parametrize("stubborn", [False, True], ids=["swallowed once", "always swallowed"])
+def test_ctrl_c_that_a_library_swallows_while_the_model_loads_can_be_repeated(ros_domain, stubborn):
+    process = NodeProcess([sys.executable, "-c", SWALLOWING_NODE, str(int(stubborn))])
+    for count in range(1, 4 if stubborn else 3):
+        wait(process, lambda: process.log.count("waiting") == count, f"wait {count}")  # noqa: B023
+        # What comes sooner than a second is the same Ctrl-C, told twice.
+        time.sleep(1.2 if count > 1 else 0)
+        process.process.send_signal(signal.SIGINT)
+    assert process.process.wait(PATIENCE_S) == (130 if stubborn else 0), process.log
+    process.reader.join(PATIENCE_S)
+    assert ("ended by the third Ctrl-C" in process.log) == stubborn
+
+
+def test_signals_within_a_second_are_one_ctrl_c_and_none_counts_once_the_node_is_closed(monkeypatch):
+    from depthlm_ros import node
+
+    class Ended(BaseException):
+        pass
+
+    def end(status):
+        raise Ended(status)
+
+    clock = [0.0]
+    monkeypatch.setattr(node.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(node.os, "_exit", end)
+
+    def told(*seconds: float, muted: bool = False) -> list[str]:
+        interrupt, seen = node._Interrupt(), []
+        interrupt.restore()
+        if muted:
+            interrupt.ignore()
+        for clock[0] in seconds:
+            try:
+                interrupt._handle(signal.SIGINT, None)
+                seen.append("")
+            except (KeyboardInterrupt, Ended) as raised:
+                seen.append(f"{type(raised).__name__}{raised}")
+        return seen
+
+    assert told(5.0, 5.0, 5.9) == ["KeyboardInterrupt", "", ""]
+    assert told(5.0, 5.5, 6.1, 6.9, 7.2) == ["KeyboardInterrupt", "", "KeyboardInterrupt", "", "Ended130"]
+    assert told(5.0, 6.1, 7.2, muted=True) == ["", "", ""]
+
+
+SWALLOWING_NODE = """
+import sys, time
+from depthlm_ros.node import main
+
+class Library:
+    def __del__(self):
+        print("waiting", flush=True)
+        time.sleep(600)
+
+def load(parameters):
+    Library()
+    while True:
+        try:
+            print("waiting", flush=True)
+            time.sleep(600)
+        except KeyboardInterrupt:
+            if sys.argv[1] == "0":
+                raise
+
+sys.exit(main(["--ros-args", "-p", "model:=none"], load=load))
 """
 
 
