@@ -16,7 +16,6 @@ import contextlib
 import math
 import os
 import re
-import signal
 import sys
 import threading
 import time
@@ -42,6 +41,7 @@ from depthlm_ros.config import NODE_NAME, Parameters
 from depthlm_ros.errors import ConfigError, DepthLMError
 from depthlm_ros.frames import DEPTH_TOPICS, Arrival, FramePath
 from depthlm_ros.inference import Inference, check_model, spoken_dialect
+from depthlm_ros.interrupt import Interrupt
 from depthlm_ros.middleware import use_large_message_profile
 from depthlm_ros.monitor import Monitor
 from depthlm_ros.outputs import DEPTH_OUTPUTS, POSE_OUTPUT, diagnostics_message
@@ -60,9 +60,6 @@ _LOG_INTERVAL_S = 5.0
 # ... and a complaint about the model, which may last for days.
 _REMINDER_INTERVAL_S = 60.0
 _NUMBER = re.compile(r"\d+(\.\d+)?")
-# A terminal and ros2 launch tell one Ctrl-C within this time; so many of them end the process wherever it is.
-_ONE_CTRL_C_S = 1.0
-_CTRL_CS_TO_END = 3
 # Engines that are told their threads in their options, on machines that may have no torch. The others at least make the
 # model's input with it.
 _WITHOUT_TORCH = ("onnxruntime",)
@@ -445,47 +442,6 @@ class DepthNode(LifecycleNode):
         return [*warnings, *filter(None, [self._camera.complaint])]
 
 
-class _Interrupt:
-    """Ctrl-C as one KeyboardInterrupt, and none once the node is being closed.
-
-    rclpy's own handler ends the context at once, and Python raises KeyboardInterrupt for the same signal a little
-    later: in the handling of what the ended context led to, or in the clean-up. A terminal and `ros2 launch` may both
-    send the signal, too: what comes within a second is one Ctrl-C.
-
-    A KeyboardInterrupt in a finaliser or in a callback of another library is swallowed there. So a second Ctrl-C
-    raises again, and a third one ends the process.
-    """
-
-    def __init__(self) -> None:
-        self._muted = False
-        self._count = 0
-        self._last_s = -math.inf
-        self._before: Any = None
-        if threading.current_thread() is threading.main_thread():
-            # Before rclpy.init: its handler calls the one that it finds.
-            self._before = signal.signal(signal.SIGINT, self._handle)
-
-    def _handle(self, number: int, frame: object) -> None:
-        now = time.monotonic()
-        if self._muted or now - self._last_s < _ONE_CTRL_C_S:
-            return
-        self._last_s = now
-        self._count += 1
-        if self._count == _CTRL_CS_TO_END:
-            os.write(2, b"depth_node: ended by the third Ctrl-C\n")
-            os._exit(128 + number)
-        raise KeyboardInterrupt
-
-    def ignore(self) -> None:
-        """From here on the signal does nothing."""
-        self._muted = True
-
-    def restore(self) -> None:
-        """Puts back the handler that was there; after rclpy has removed its own."""
-        if self._before is not None:
-            signal.signal(signal.SIGINT, self._before)
-
-
 def _init_ros(args: list[str] | None) -> bool:
     """Starts ROS; False where it doesn't, with the reason on standard error."""
     try:
@@ -509,7 +465,7 @@ def main(args: list[str] | None = None, load: EstimatorFactory = load_estimator)
         Exit status.
     """
     use_large_message_profile(os.environ)
-    interrupt = _Interrupt()
+    interrupt = Interrupt()
     node = None
     status = 0
     try:

@@ -55,7 +55,7 @@ def check_weights(folder: Path) -> None:
     """Makes sure that a folder holds safetensors, and every shard that its index names.
 
     Raises:
-        ModelError: no weights, only pickled ones, or shards missing.
+        ModelError: no weights, only pickled ones, or shards missing; an export, whose weights are in another form.
     """
     if not any(folder.glob("*.safetensors")):
         pickled = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLED)
@@ -64,6 +64,7 @@ def check_weights(folder: Path) -> None:
                 f"{folder} holds only pickled weights ({', '.join(pickled[:4])}), which can run code when loaded; "
                 "convert them to safetensors where you trust them (load there, then model.save_pretrained(folder))"
             )
+        _refuse_export(folder)
         raise ModelError(f"{folder} has no *.safetensors; copy or train the weights into it")
     index = folder / "model.safetensors.index.json"
     if index.is_file():
@@ -74,6 +75,20 @@ def check_weights(folder: Path) -> None:
                 f"{folder} lacks {len(missing)} of the {len(shards)} shards in its index, such as {missing[0]}; "
                 "copy them too"
             )
+
+
+def _refuse_export(folder: Path) -> None:
+    """Raises ModelError for what `depthlm export --target` made, naming the engines that run it."""
+    # Only here, so that a checkpoint needs nothing that exports need.
+    from depthlm_ros.manifest import TARGETS, read_manifest
+
+    manifest = read_manifest(folder)
+    if manifest is not None:
+        raise ModelError(
+            f"{folder} is an export for target {manifest.target!r} and has no weights that transformers reads; choose "
+            f"engine {' or '.join(TARGETS[manifest.target])}, or name the checkpoint that it was made of, "
+            f"{manifest.source}"
+        )
 
 
 def processor_differences(folder: Path, settings: Mapping[str, Any]) -> list[str]:

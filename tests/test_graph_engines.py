@@ -675,6 +675,15 @@ def test_the_command_builds_and_checks(export, tensorrt, capsys):
         arguments.run(arguments)
 
 
+def test_an_export_is_no_checkpoint_and_the_refusal_names_its_engines(shared, tmp_path):
+    message = f"{shared} is an export for target 'onnx' and .* choose engine onnxruntime or tensorrt, .* made of, small"
+    with pytest.raises(ModelError, match=message):
+        Estimator.load(str(shared), device="cpu")
+    with pytest.raises(ModelError, match=message):
+        export_target(str(shared), tmp_path / "again", "onnx", CAMERA)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_engines_are_found_by_name(shared, checkpoint):
     card, source = load_card(str(shared))
     engine = load_engine(source, card, engine="onnxruntime", options=EngineOptions(device="cpu"))

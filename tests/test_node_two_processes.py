@@ -380,7 +380,7 @@ def test_ctrl_c_that_a_library_swallows_while_the_model_loads_can_be_repeated(ro
 
 
 def test_signals_within_a_second_are_one_ctrl_c_and_none_counts_once_the_node_is_closed(monkeypatch):
-    from depthlm_ros import node
+    from depthlm_ros import interrupt as module
 
     class Ended(BaseException):
         pass
@@ -389,11 +389,11 @@ def test_signals_within_a_second_are_one_ctrl_c_and_none_counts_once_the_node_is
         raise Ended(status)
 
     clock = [0.0]
-    monkeypatch.setattr(node.time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(node.os, "_exit", end)
+    monkeypatch.setattr(module.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(module.os, "_exit", end)
 
     def told(*seconds: float, muted: bool = False) -> list[str]:
-        interrupt, seen = node._Interrupt(), []
+        interrupt, seen = module.Interrupt(), []
         interrupt.restore()
         if muted:
             interrupt.ignore()
