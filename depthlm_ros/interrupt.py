@@ -21,29 +21,47 @@ class Interrupt:
     later: in the handling of what the ended context led to, or in the clean-up. A terminal and `ros2 launch` may both
     send the signal, too: what comes within a second is one Ctrl-C.
 
-    A KeyboardInterrupt in a finaliser or in a callback of another library is swallowed there. So a second Ctrl-C
-    raises again, and a third one ends the process.
+    A KeyboardInterrupt in a finaliser or in a callback of another library is swallowed there, and while a library
+    computes there is none. So a second Ctrl-C raises again, and a third one ends the process, from a thread beside.
     """
 
     def __init__(self) -> None:
         self._muted = False
         self._count = 0
-        self._last_s = -math.inf
+        self._told_s = self._raised_s = -math.inf
         self._before: Any = None
         if threading.current_thread() is threading.main_thread():
             # Before rclpy.init: its handler calls the one that it finds.
             self._before = signal.signal(signal.SIGINT, self._handle)
+            signals, self._told = os.pipe()
+            os.set_blocking(self._told, False)
+            self._told_before = signal.set_wakeup_fd(self._told, warn_on_full_buffer=False)
+            threading.Thread(target=self._watch, args=(signals,), name="Ctrl-C", daemon=True).start()
 
     def _handle(self, number: int, frame: object) -> None:
+        """In the main thread, as soon as it is in Python code."""
         now = time.monotonic()
-        if self._muted or now - self._last_s < _ONE_CTRL_C_S:
+        if self._muted or now - self._raised_s < _ONE_CTRL_C_S:
             return
-        self._last_s = now
+        self._raised_s = now
+        raise KeyboardInterrupt
+
+    def _watch(self, signals: int) -> None:
+        """In a thread of its own: numbers of signals, as Python's C handler writes them, until the pipe is closed."""
+        while numbers := os.read(signals, 64):
+            if signal.SIGINT in numbers:
+                self._count_one()
+        os.close(signals)
+
+    def _count_one(self) -> None:
+        now = time.monotonic()
+        if self._muted or now - self._told_s < _ONE_CTRL_C_S:
+            return
+        self._told_s = now
         self._count += 1
         if self._count == _CTRL_CS_TO_END:
             os.write(2, b"depth_node: ended by the third Ctrl-C\n")
-            os._exit(128 + number)
-        raise KeyboardInterrupt
+            os._exit(128 + signal.SIGINT)
 
     def ignore(self) -> None:
         """From here on the signal does nothing."""
@@ -53,3 +71,6 @@ class Interrupt:
         """Puts back the handler that was there; after rclpy has removed its own."""
         if self._before is not None:
             signal.signal(signal.SIGINT, self._before)
+            signal.set_wakeup_fd(self._told_before)
+            os.close(self._told)
+            self._before = None
