@@ -181,15 +181,21 @@ def test_the_reference_is_part_of_what_is_proved(wrong):
     assert (wrong / "reference" / REFERENCE_FILE).is_file()
 
 
-def test_threads_are_limited_without_torch_where_the_engine_needs_none(export):
+def test_the_node_runs_a_graph_without_torch_in_as_many_threads_as_it_is_told(ros_domain, export):
     program = f"""
 import sys
 sys.modules["torch"] = sys.modules["transformers"] = None
-from depthlm_ros.config import Parameters
-from depthlm_ros.node import load_estimator
-parameters = Parameters(model={str(export)!r}, engine="onnxruntime", device="cpu", cpu_threads=1)
-with load_estimator(parameters) as estimator:
-    print(estimator.engine._runner._session.get_session_options().intra_op_num_threads)
+from depthlm_ros import node
+def load(parameters):
+    estimator = node.load_estimator(parameters)
+    settings = estimator.engine._runner._session.get_session_options()
+    print("threads", settings.intra_op_num_threads, flush=True)
+    return estimator
+node.rclpy.spin = lambda node: None
+values = ("model:={export}", "engine:=onnxruntime", "device:=cpu", "cpu_threads:=1")
+status = node.main(["--ros-args", *(part for value in values for part in ("-p", value))], load=load)
+sys.exit(status)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=PATIENCE_S)
-    assert done.stdout.split() == ["1"], done.stderr
+    assert (done.returncode, done.stdout) == (0, "threads 1\n"), done.stderr
+    assert "ready: image" in done.stderr
