@@ -182,6 +182,17 @@ def test_fewer_bits_may_change_last_digits_and_not_what_is_measured():
         agreement(reference_of(depths, texts), reference_of(broken, texts), "float16")
 
 
+def test_a_checkpoint_that_gives_no_depth_in_float32_loses_none_in_fewer_bits():
+    from depthlm_ros.errors import EngineError
+    from depthlm_training.export_targets import agreement
+
+    texts, nothing = ["461.5.92", "", "4"], np.full(3, np.nan)
+    told = agreement(reference_of(nothing, texts), reference_of(nothing, ["461.4.3", "", "4"]), "float16")
+    assert told == {"compact": {"same_answers": pytest.approx(2 / 3), "depths": 0}}
+    with pytest.raises(EngineError, match="100.0% missing"):
+        agreement(reference_of([1.0, 2.0, 3.0], texts), reference_of(nothing, texts), "float16")
+
+
 @pytest.mark.parametrize(
     ("dialects", "precision", "dtype"),
     [
