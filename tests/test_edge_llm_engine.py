@@ -22,7 +22,7 @@ from depthlm_ros.cards import CARD_FILE, load_card
 from depthlm_ros.engines import load_engine
 from depthlm_ros.engines.options import EngineOptions
 from depthlm_ros.errors import DialectError, EngineError, MissingDependencyError, ModelError
-from depthlm_ros.manifest import Manifest, write_manifest
+from depthlm_ros.manifest import Manifest, sha256_of, write_manifest
 
 SIZES = {
     "max_input_len": 384,
@@ -58,6 +58,7 @@ def export(tmp_path, monkeypatch) -> Path:
     folder = make_checkpoint(tmp_path / "export", dense_head=False)
     (folder / "model.safetensors").unlink()
     (folder / CARD_FILE).write_text(yaml.safe_dump(CARD))
+    files = {path.name: sha256_of(path) for path in folder.iterdir()}
     engines = folder / "engines"
     builder = {"model": "qwen3_vl_text", "edgellm_version": "0.11.0", "builder_config": dict(list(SIZES.items())[:3])}
     for path, text in (
@@ -71,7 +72,7 @@ def export(tmp_path, monkeypatch) -> Path:
     manifest = Manifest(
         target="edge-llm", model="small", source="small", source_sha256={}, made="2026-11-01T00:00:00+00:00",
         versions={}, precision="float16", dialects=("coordinates",), focal_px=100.0, policy="exact",
-        image={"max_width": 128, "max_height": 96},
+        image={"max_width": 128, "max_height": 96}, files=files,
         extra={"edgellm_version": "0.11.0", "sizes": SIZES, "parameters": 7},
     )  # fmt: skip
     write_manifest(folder, manifest)
