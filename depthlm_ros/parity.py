@@ -72,32 +72,79 @@ class Verdict:
 def record_reference(
     estimator: Estimator, frames: Sequence[ReferenceFrame], folder: Path, dialects: Sequence[str] | None = None
 ) -> Reference:
-    """Asks a model and keeps its answers.
+    """Asks a model and keeps its answers; as `ask_reference`.
 
     Args:
         estimator: the reference.
-        frames: to ask about; words are asked about the first few only, since each point is a question.
+        frames: to ask about.
         folder: to write into; must be absent or empty.
         dialects: to ask in; None for all that it speaks.
 
     Raises:
-        ConfigError: `folder` holds something, or no dialects.
-        DialectError: it doesn't speak one of them.
+        ConfigError: `folder` holds something.
+        DialectError: it doesn't speak one of them, or none.
+    """
+    if folder.exists() and any(folder.iterdir()):
+        raise ConfigError(f"{folder} holds something already; name another folder")
+    reference = ask_reference(estimator, frames, dialects)
+    write_reference(reference, folder)
+    return reference
+
+
+def ask_reference(
+    estimator: Estimator,
+    frames: Sequence[ReferenceFrame],
+    dialects: Sequence[str] | None = None,
+    points: int = WORD_POINTS,
+) -> Reference:
+    """Asks a model.
+
+    Args:
+        estimator: the reference.
+        frames: to ask about; words are asked about the first few only, since each point is a question.
+        dialects: to ask in; None for all that it speaks.
+        points: questions in words about a frame.
+
+    Raises:
+        DialectError: it doesn't speak one of them, or none.
     """
     dialects = tuple(dialects or estimator.dialects)
     if not dialects:
         raise DialectError(f"model {estimator.card.name!r} answers no depth questions, so there is nothing to compare")
-    if folder.exists() and any(folder.iterdir()):
-        raise ConfigError(f"{folder} holds something already; name another folder")
     asked = []
     for dialect in map(estimator.card.require_dialect, dialects):
         for i, frame in enumerate(frames if dialect == "dense" else frames[:WORD_FRAMES]):
-            asked.append(_ask(estimator, i, frame, dialect, _pixels(estimator, frame, dialect)))
+            asked.append(_ask(estimator, i, frame, dialect, _pixels(estimator, frame, dialect, points)))
     info = estimator.engine.info
     engine = f"{info.engine} on {info.device} in {info.dtype}"
-    reference = Reference(estimator.card.name, engine, tuple(frames), tuple(asked))
-    write_reference(reference, folder)
-    return reference
+    return Reference(estimator.card.name, engine, tuple(frames), tuple(asked))
+
+
+def steady(reference: Reference, others: Sequence[Reference], points: int = WORD_POINTS) -> Reference:
+    """The reference with only such questions in words whose answers are the same in other number formats.
+
+    Where a model is undecided between two answers, rounding decides, and an engine that rounds elsewhere is not wrong.
+
+    Args:
+        reference: to thin out.
+        others: answers of the same model to the same questions, computed in other formats.
+        points: most questions that are kept about a frame.
+    """
+    kept = []
+    for i, asked in enumerate(reference.asked):
+        if not asked.texts:
+            kept.append(asked)
+            continue
+        rows = [
+            row
+            for row, text in enumerate(asked.texts)
+            if all(same_answer(text, other.asked[i].texts[row]) for other in others)
+        ][:points]
+        # One where no answer is steady has nothing to compare.
+        if rows:
+            texts = tuple(asked.texts[row] for row in rows)
+            kept.append(replace(asked, pixels=asked.pixels[rows], depth_m=asked.depth_m[rows], texts=texts))
+    return replace(reference, asked=tuple(kept))
 
 
 def check(estimator: Estimator, reference: Reference) -> Verdict:
@@ -266,13 +313,15 @@ def _ask(estimator: Estimator, index: int, frame: ReferenceFrame, dialect: str, 
     return Asked(index, dialect, pixels, result.depth_m, () if dialect == "dense" else tuple(result.answers))
 
 
-def _pixels(estimator: Estimator, frame: ReferenceFrame, dialect: str) -> np.ndarray:
+def _pixels(estimator: Estimator, frame: ReferenceFrame, dialect: str, points: int) -> np.ndarray:
     """Pixels that the dialect can be asked about."""
     camera = frame.camera
     if dialect == "dense":
         stride = max(1, math.isqrt(camera.width * camera.height // _MAP_POINTS))
         return stride_pixels(camera.width, camera.height, stride)
-    pixels = sample_pixels(camera.width, camera.height, WORD_POINTS, margin_px=min(camera.width, camera.height) // 10)
+    # At random places: the first of them are spread over the image too.
+    margin = min(camera.width, camera.height) // 10
+    pixels = sample_pixels(camera.width, camera.height, points, method="random", margin_px=margin)
     return pixels[estimator.askable(frame.image, camera, pixels, dialect=dialect)]
 
 

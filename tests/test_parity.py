@@ -656,3 +656,22 @@ def test_frames_of_a_recording_are_compared(demo, tmp_path):
     assert len(frames) == 2 and isinstance(frames[0], ReferenceFrame)
     record_reference(demo, frames, tmp_path / "r", ["dense"])
     assert check(demo, read_reference(tmp_path / "r")).passed
+
+
+def test_questions_that_hang_on_rounding_are_left_out():
+    from depthlm_ros.parity import steady
+    from depthlm_ros.references import Asked, Reference
+
+    def answers(*texts: str, dialect: str = "compact") -> Reference:
+        n = len(texts)
+        pixels = np.stack([np.arange(n), np.arange(n)], 1).astype(np.float32)
+        depths = np.array([float(text) for text in texts], np.float32)
+        return Reference("demo", "a test", (), (Asked(0, dialect, pixels, depths, texts),))
+
+    whole, half = answers("1.00", "2.00", "3.00", "4.00"), answers("1.01", "2.90", "3.00", "4.00")
+    kept = steady(whole, [half], points=2).asked[0]
+    assert kept.texts == ("1.00", "3.00") and kept.depth_m.tolist() == [1.0, 3.0]
+    assert kept.pixels.tolist() == [[0, 0], [2, 2]]
+    assert steady(answers("1.00"), [answers("9.00")]).asked == ()
+    dense = Asked(0, "dense", np.zeros((1, 2), np.float32), np.ones(1, np.float32))
+    assert steady(Reference("demo", "", (), (dense,)), [Reference("demo", "", (), (dense,))]).asked == (dense,)
