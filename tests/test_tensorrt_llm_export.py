@@ -366,7 +366,9 @@ def test_an_export_runs_in_the_recorded_api_and_passes_its_own_parity_check(tmp_
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     write_card(folder, ["coordinates", "compact"])
     out = tmp_path / "export"
-    manifest = export_target(str(folder), out, "tensorrt-llm", CAMERA, TargetOptions(gpu="H100"))
+    # Few answers of a model that learnt nothing are numbers, and which ones hangs on rounding.
+    options = TargetOptions(gpu="H100", reference_dtype="float32")
+    manifest = export_target(str(folder), out, "tensorrt-llm", CAMERA, options)
     assert {"model.safetensors", "serve.sh", "llm_api.yaml", "config.json"} <= set(manifest.files)
     release = Release()
     for name, module in recorded_llm_api.module(release).items():
