@@ -337,3 +337,44 @@ def test_the_recorded_names_fit_themselves(installed):
 def test_the_installed_package_has_what_is_needed():
     pytest.importorskip("tensorrt_llm")
     assert check_contract(importlib.import_module(MODULE)) == []
+
+
+@pytest.mark.parametrize("name", ["model", "tokenizer", "revision"])
+def test_options_beside_a_checkpoint_name_no_other_one(name):
+    from depthlm_ros.engines.tensorrt_llm_settings import llm_arguments
+
+    with pytest.raises(ModelError, match=f"sets {name}"):
+        llm_arguments(None, "here", {name: "somebody/else"}, reuse=True)
+
+
+def test_an_engine_that_says_nothing_any_more_is_given_up(monkeypatch):
+    import threading
+    from types import SimpleNamespace
+
+    from depthlm_ros.engines import tensorrt_llm_backend
+    from depthlm_ros.engines.worded import Ask
+
+    aborted = []
+    never = threading.Event()
+
+    class Request:
+        def result(self, timeout=None):
+            never.wait(20)
+            raise TimeoutError
+
+        def abort(self):
+            aborted.append(self)
+
+    llm = SimpleNamespace(generate_async=lambda inputs, sampling_params: Request(), shutdown=lambda: None)
+    api = SimpleNamespace(SamplingParams=lambda **told: told)
+    tokenizer = SimpleNamespace(all_special_ids=[])
+    processor = SimpleNamespace(tokenizer=tokenizer, prompt_texts=lambda questions, count: list(questions))
+    monkeypatch.setattr(tensorrt_llm_backend, "STALL_S", 0.2)
+    backend = tensorrt_llm_backend.LlmBackend(llm, api, processor, stop_ids=[0])
+    with pytest.raises(EngineError, match="0 of 1 questions and then nothing for 0.2 s"):
+        backend.ask([Ask((), "how far?", 8), Ask((), "how near?", 8)])
+    assert aborted
+    never.set()
+    backend.close()
+    with pytest.raises(EngineError, match="was closed"):
+        backend.ask([Ask((), "how far?", 8)])

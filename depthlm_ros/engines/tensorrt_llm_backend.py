@@ -8,7 +8,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass
 from types import ModuleType
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 _LOG = logging.getLogger(__name__)
 # As many as trtllm-serve takes (`--num_input_processor_workers`).
 _PREPARERS = 8
+# Longest time without any answer where nothing else limits it: a process of the LLM that has ended says nothing.
+STALL_S = 120.0
 # How long a request may take to end that was told to.
 _GRACE_S = 2.0
 
@@ -157,7 +159,8 @@ class LlmBackend:
             return
         started: queue.SimpleQueue = queue.SimpleQueue()
         answered: queue.SimpleQueue = queue.SimpleQueue()
-        threading.Thread(target=_collect, args=(started, answered, self.deadline), daemon=True).start()
+        over = threading.Event()
+        threading.Thread(target=_collect, args=(started, answered, self.deadline, over), daemon=True).start()
         waiting, prepared = deque(jobs), deque()
         under_way: dict[int, Any] = {}
         left = len(jobs)
@@ -170,16 +173,21 @@ class LlmBackend:
                     job, inputs = prepared.popleft()
                     under_way[job.index] = running = self._start(job, inputs)
                     started.put((job.index, running))
-                index, outcome = answered.get(timeout=self._time_left())
+                index, outcome = answered.get(timeout=self._patience())
                 del under_way[index]
                 replies[index] = self._reply(outcome, index)
                 left -= 1
         except (queue.Empty, FutureTimeout, TimeoutError) as error:
+            when, remedy = "by the deadline", "Ask about fewer points, or allow answers to be older"
+            if self.deadline is None:
+                when = f"and then nothing for {STALL_S:g} s"
+                remedy = "Look at its log; a process of it may have ended: configure the node again"
             raise EngineError(
-                f"TensorRT-LLM has answered {len(jobs) - left} of {len(jobs)} questions by the deadline; the others "
-                "were stopped. Ask about fewer points, or allow answers to be older"
+                f"TensorRT-LLM has answered {len(jobs) - left} of {len(jobs)} questions {when}; the others were "
+                f"stopped. {remedy}"
             ) from error
         finally:
+            over.set()
             started.put(None)
             _abort(under_way.values())
             for _, inputs in prepared:
@@ -190,26 +198,31 @@ class LlmBackend:
         return job.inputs if self._pool is None else self._pool.submit(self._llm.preprocess, job.inputs, job.sampling)
 
     def _start(self, job: _Job, inputs: Any) -> Any:
-        left = self._time_left()
+        left = self._patience()
         if left == 0:
             raise TimeoutError
+        if self._llm is None:
+            raise EngineError("TensorRT-LLM was closed; configure the node again")
         more = {"cache_salt": job.shapes} if self._salted else {}
         try:
             if isinstance(inputs, Future):
                 inputs = inputs.result(timeout=left)
             return self._llm.generate_async(inputs, sampling_params=job.sampling, **more)
+        except CancelledError as error:
+            raise EngineError("TensorRT-LLM was closed while it was asked") from error
         except (FutureTimeout, TimeoutError):
             raise
         except Exception as error:
             raise self._failed(job.index, error) from error
 
-    def _time_left(self) -> float | None:
-        return None if self.deadline is None else max(0.0, self.deadline - time.monotonic())
+    def _patience(self) -> float:
+        """Seconds to wait for the next answer."""
+        return STALL_S if self.deadline is None else min(STALL_S, max(0.0, self.deadline - time.monotonic()))
 
     def _reply(self, outcome: Any, index: int) -> Reply:
         if isinstance(outcome, (queue.Empty, TimeoutError)):
             raise outcome
-        if isinstance(outcome, Exception):
+        if isinstance(outcome, BaseException):
             raise self._failed(index, outcome) from outcome
         if getattr(outcome, "error", None):
             raise self._failed(index, outcome.error)
@@ -234,8 +247,8 @@ class LlmBackend:
         return self._pieces[token]
 
     @staticmethod
-    def _failed(index: int, error: Exception | str) -> EngineError:
-        kind = f"{type(error).__name__}: " if isinstance(error, Exception) else ""
+    def _failed(index: int, error: BaseException | str) -> EngineError:
+        kind = f"{type(error).__name__}: " if isinstance(error, BaseException) else ""
         first = (str(error).splitlines() or [""])[0]
         return EngineError(
             f"TensorRT-LLM can't answer question {index + 1}: {kind}{first}. Where a prompt is too long, raise "
@@ -262,14 +275,17 @@ def read_logprobs(logprobs: Any, ids: Sequence[int]) -> list[float] | None:
     return read
 
 
-def _collect(started: queue.SimpleQueue, answered: queue.SimpleQueue, deadline: float | None) -> None:
-    """Waits for each request in turn and hands on what came of it, up to the first None."""
-    while (item := started.get()) is not None:
+def _collect(
+    started: queue.SimpleQueue, answered: queue.SimpleQueue, deadline: float | None, over: threading.Event
+) -> None:
+    """Waits for each request in turn and hands on what came of it, up to the first None or until it is over."""
+    while (item := started.get()) is not None and not over.is_set():
         index, running = item
         left = None if deadline is None else max(0.0, deadline - time.monotonic()) + _GRACE_S
         try:
             outcome: Any = running.result(timeout=left)
-        except Exception as error:
+        except BaseException as error:
+            # Of asyncio's cancellation too, which is no Exception: somebody waits for a word about this request.
             outcome = error
         answered.put((index, outcome))
 

@@ -84,10 +84,12 @@ def load_tensorrt_llm(source: str | Path, card: ModelCard, options: EngineOption
     reasons = [f"TensorRT-LLM with the options of {SETTINGS_FILE}" if own else "TensorRT-LLM with options by default"]
 
     def build(reuse: bool) -> LlmBackend:
-        arguments = llm_arguments(api, str(source if not folder.is_dir() else folder), settings, reuse=reuse)
-        told = {**arguments, **known(api, "LLM", {"dtype": options.dtype, "revision": card.revision})}
         try:
+            arguments = llm_arguments(api, str(source if not folder.is_dir() else folder), settings, reuse=reuse)
+            told = {**arguments, **known(api, "LLM", {"dtype": options.dtype, "revision": card.revision})}
             llm = api.LLM(**told)
+        except ModelError:
+            raise
         except Exception as error:
             raise ModelError(
                 f"TensorRT-LLM {version} can't load {source} ({type(error).__name__}: {_first(error)}); export the "
@@ -109,7 +111,7 @@ def load_tensorrt_llm(source: str | Path, card: ModelCard, options: EngineOption
         model=str(source),
         architecture=checkpoint.architecture,
         device="cuda:0",
-        dtype=stored or (str(checkpoint.config.get("dtype")) if options.dtype == "auto" else options.dtype),
+        dtype=stored or (_stored_dtype(checkpoint.config) if options.dtype == "auto" else options.dtype),
         reasons=tuple(reasons),
         parameters=checkpoint.parameters,
         dense=False,
@@ -222,7 +224,8 @@ def _api() -> tuple[ModuleType, str]:
     except ModuleNotFoundError as error:
         state = "is not installed" if error.name == MODULE.partition(".")[0] else f"lacks {error.name}"
         raise MissingDependencyError(INSTALL.format(state=state)) from error
-    except (ImportError, OSError, RuntimeError) as error:
+    except Exception as error:
+        # A transformers that doesn't fit fails in many ways.
         raise MissingDependencyError(INSTALL.format(state=f"can't be imported ({_first(error)})")) from error
     version = str(getattr(package, "__version__", "of an unknown version"))
     if missing := check_contract(api):
@@ -231,6 +234,13 @@ def _api() -> tuple[ModuleType, str]:
             f"series {RECORDED_FOR}: pip install tensorrt_llm"
         )
     return api, version
+
+
+def _stored_dtype(config: dict) -> str:
+    """The weights' format by config.json, in either of its names; "auto" where it doesn't tell."""
+    places = (config, config.get("text_config") or {})
+    told = (place.get(name) for place in places for name in ("dtype", "torch_dtype"))
+    return str(next(filter(None, told), "auto"))
 
 
 def _check_device(device: str, dtype: str) -> None:
@@ -256,6 +266,8 @@ def _ending(folder: Path, processor: PromptProcessor) -> dict[str, Any]:
         told = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except ValueError as error:
         raise ModelError(f"{path} is not valid JSON ({error}); copy it again") from error
+    if not isinstance(told, dict):
+        raise ModelError(f"{path} holds {type(told).__name__} instead of a mapping; copy it again")
     ids = told.get("eos_token_id")
     ids = processor.tokenizer.eos_token_id if ids is None else ids
     if ids is None:

@@ -26,6 +26,7 @@ GPU_MEMORY_FRACTION = 0.6
 # Where no export says how long prompts get: image tokens of the largest view that is met, and text.
 _MOST_IMAGE_TOKENS = 4096
 _TEXT_TOKENS = 1024
+_NOT_IN_A_FILE = frozenset(("model", "tokenizer", "tokenizer_revision", "revision"))
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
@@ -91,12 +92,15 @@ def llm_arguments(api: ModuleType, model: str, settings: dict[str, Any], *, reus
     """
     cache = {**settings.get("kv_cache_config", {})}
     cache["enable_block_reuse"] = reuse and cache.get("enable_block_reuse", True)
-    told = {key: value for key, value in settings.items() if key != "kv_cache_config"}
+    if others := sorted(_NOT_IN_A_FILE.intersection(settings)):
+        # The checkpoint was looked at; another one would be loaded past all checks.
+        raise ModelError(f"{SETTINGS_FILE} sets {', '.join(others)}, which belongs to the node's parameters; remove it")
+    told = {key: value for key, value in settings.items() if key not in ("kv_cache_config", "trust_remote_code")}
     return {
-        "model": model,
-        "kv_cache_config": api.KvCacheConfig(**known(api, "KvCacheConfig", cache)),
         # A model's own code is never run, whatever lies in the file.
         **known(api, "LLM", {**told, "trust_remote_code": False}),
+        "model": model,
+        "kv_cache_config": api.KvCacheConfig(**known(api, "KvCacheConfig", cache)),
     }
 
 
