@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from checkpoints import make_checkpoint
 from edge_llm_exports import write_export
 from edge_llm_programs import write_program
 from safetensors.torch import load_file, save_file
 
 from depthlm_ros.camera import Camera
+from depthlm_ros.cards import CARD_FILE
 from depthlm_ros.engines.checkpoint import open_checkpoint
 from depthlm_ros.errors import ConfigError, DialectError, EngineError, MissingDependencyError, ModelError
 from depthlm_ros.estimator import Estimator
@@ -24,6 +26,7 @@ from depthlm_training.edge_llm_sizes import plan_sizes
 from depthlm_training.edge_llm_tool import PROGRAM, VARIABLE, find_exporter, run_exporter
 from depthlm_training.edge_llm_weights import stage
 
+ROOT = Path(__file__).resolve().parents[1]
 CAMERA = Camera(500.0, 500.0, 319.5, 239.5, 640, 480)
 
 
@@ -165,6 +168,18 @@ def test_sizes_follow_from_the_camera_and_the_longest_question(checkpoint):
             plan_sizes(estimator, checkpoint, CAMERA, ("coordinates",), batch=17)
         with pytest.raises(ConfigError, match="the model reads 4096"):
             plan_sizes(estimator, checkpoint, CAMERA, ("coordinates",), answer_tokens=2000)
+
+
+@pytest.mark.parametrize(("name", "images"), [("corr", 2), ("pose", 2), ("object", 1)])
+def test_a_model_without_depth_is_sized_for_its_tasks(checkpoint, tmp_path, name, images):
+    folder = shutil.copytree(checkpoint, tmp_path / "pairs")
+    card = yaml.safe_load((ROOT / f"models/vlm3-{name}.yaml").read_text())
+    (folder / CARD_FILE).write_text(yaml.safe_dump({**card, "source": str(folder)}))
+    with Estimator.load(str(folder), device="cpu", dtype="float32") as estimator:
+        sizes = plan_sizes(estimator, folder, CAMERA, estimator.card.dialects)
+    assert sizes.images == images and sizes.prompt_tokens > images * sizes.image_tokens + 256
+    if name == "corr":
+        assert (sizes.width, sizes.height) == (1024, 768)
 
 
 def exporter(path: Path, made: Path) -> Path:

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from depthlm_ros.camera import Camera
+from depthlm_ros.correspondence import long_edge_view
 from depthlm_ros.engines.checkpoint import open_processor
 from depthlm_ros.engines.processor import PromptProcessor
 from depthlm_ros.errors import ConfigError
@@ -91,7 +92,7 @@ def plan_sizes(
         estimator: prepares the image as it does every frame.
         source: folder with the checkpoint's processor.
         camera: of the images.
-        dialects: that will be asked.
+        dialects: of depth that will be asked; none for a model of other tasks.
         batch: questions answered together.
         question_tokens: room for free questions.
         answer_tokens: of the longest answer; None takes the card's, and the compact dialect's where that is longer.
@@ -104,15 +105,20 @@ def plan_sizes(
     card = estimator.card
     checkpoint = open_processor(source)
     processor = PromptProcessor(checkpoint, card.system_text)
-    view = estimator.prepare(np.zeros((camera.height, camera.width, 3), np.uint8), camera).image
+    image = np.zeros((camera.height, camera.width, 3), np.uint8)
+    if card.focal_px is None:
+        # Correspondence alone asks for no focal length.
+        view = long_edge_view(image, estimator.policy, estimator.engine.grid).image
+    else:
+        view = estimator.prepare(image, camera).image
     shown = processor.shown(view)
     grid = processor.images([shown]).grid_hw
     tokens = grid[0] * grid[1]
     images = 2 if _TWO_IMAGES & set(card.tasks) else 1
     grids = [grid] * images
-    asked = [len(ids) for ids in processor.prompts(_longest(card, dialects), *grids)]
-    bare = len(processor.prompts([""], *grids)[0])
-    prompt = max(*asked, bare + question_tokens)
+    # A model of tasks alone speaks no dialect of depth; then there are free questions only.
+    bare, *asked = (len(ids) for ids in processor.prompts(["", *_longest(card, dialects)], *grids))
+    prompt = max([bare + question_tokens, *asked])
     if answer_tokens is None:
         answer_tokens = max(card.max_new_tokens, card.points_per_question * LONGEST_NUMBER)
     text = checkpoint.config.get("text_config", checkpoint.config)
