@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import socket
+import struct
 import threading
 import time
 from collections.abc import Callable
@@ -14,7 +16,7 @@ from fault_server import FAULTS, FaultServer
 from depthlm_ros.cards import load_card
 from depthlm_ros.engines.options import EngineOptions
 from depthlm_ros.engines.served.address import Address, Key
-from depthlm_ros.engines.served.client import MOST_ANSWER_BYTES
+from depthlm_ros.engines.served.client import MOST_ANSWER_BYTES, Broken, Client, Refused
 from depthlm_ros.engines.served.engine import load_served
 from depthlm_ros.errors import ConfigError, EngineError
 
@@ -321,6 +323,82 @@ def test_an_idle_connection_that_the_server_closed_is_not_taken_for_a_failure(en
     server.start()
     assert texts(engine) == truth(server)
     assert engine.complaints == ()
+
+
+# What one request does
+
+
+class OneWord:
+    """Says the same bytes on every connection and resets it.
+
+    Attributes:
+        asked: how many requests came.
+    """
+
+    def __init__(self, said: bytes) -> None:
+        self.asked = 0
+        self._said = said
+        self._listening = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._listening.getsockname()[1]}"
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def __enter__(self) -> OneWord:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._listening.close()
+
+    def _run(self) -> None:
+        while True:
+            try:
+                connection, _ = self._listening.accept()
+            except OSError:
+                return
+            with connection:
+                connection.recv(1 << 16)
+                self.asked += 1
+                connection.sendall(self._said)
+                # What was said is read before the reset is seen.
+                time.sleep(0.1)
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+
+def client_of(url: str) -> Client:
+    return Client(Address.parse(url), Key(), 4)
+
+
+@pytest.mark.parametrize(
+    ("said", "error", "asked"),
+    [
+        (b"", Refused, 2),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n{", Broken, 1),
+    ],
+    ids=["nothing came", "half of it came"],
+)
+def test_only_what_was_not_answered_is_asked_twice(said, error, asked):
+    with OneWord(said) as server:
+        client = client_of(server.url)
+        with pytest.raises(error):
+            client.post("/", b"{}", time.monotonic() + 5.0)
+        assert server.asked == asked
+        client.close()
+
+
+@pytest.mark.parametrize("error", ["ConnectError", "ConnectTimeout"])
+def test_a_connection_that_is_not_made_is_not_tried_twice(error, monkeypatch):
+    client = client_of("http://127.0.0.1:1")
+    tries = []
+
+    def stream(*_, **__):
+        tries.append(1)
+        raise getattr(client._httpx, error)("no way")
+
+    monkeypatch.setattr(client._client, "stream", stream)
+    said = {"ConnectError": "no way", "ConnectTimeout": r"no connection within 2\.0 s"}[error]
+    with pytest.raises(Refused, match=said):
+        client.post("/", b"{}", time.monotonic() + 2.5)
+    assert len(tries) == 1
+    client.close()
 
 
 # The key

@@ -25,7 +25,16 @@ _QUOTED = 300
 
 
 class Refused(Exception):
-    """No connection, or one that was closed before anything came back: nothing has been answered."""
+    """No connection, or one that was closed before anything came back: nothing has been answered.
+
+    Args:
+        reason: why, for a person.
+        again: whether a new connection could do better at once.
+    """
+
+    def __init__(self, reason: str, again: bool = False) -> None:
+        super().__init__(reason)
+        self.again = again
 
 
 class TimedOut(Exception):
@@ -148,8 +157,8 @@ class Client:
         cuts = self._cuts
         try:
             return self._send(method, path, body, limit, cuts)
-        except Refused:
-            if self._cuts != cuts:
+        except Refused as error:
+            if not error.again or self._cuts != cuts:
                 raise
         # A kept connection may have been closed just then; a new one tells.
         return self._send(method, path, body, limit, cuts)
@@ -160,6 +169,7 @@ class Client:
             raise TimedOut("could not be asked in time")
         timeout = httpx.Timeout(connect=min(CONNECT_S, left), read=left, write=min(10.0, left), pool=left)
         headers = {} if body is None else {"Content-Type": "application/json"}
+        answers = False
         try:
             with self._client.stream(
                 method,
@@ -169,6 +179,7 @@ class Client:
                 timeout=timeout,
                 extensions={"trace": lambda event, info: self._trace(event, info, cuts)},
             ) as response:
+                answers = True
                 answer = b"".join(self._read(response, limit))
                 found = {name.lower(): value for name, value in response.headers.items()}
                 return Response(response.status_code, answer, found)
@@ -178,12 +189,19 @@ class Client:
             raise TimedOut("had no connection free in time") from error
         except httpx.TimeoutException as error:
             raise TimedOut(f"did not answer within {left:.1f} s") from error
-        except (httpx.ConnectError, httpx.ReadError, httpx.WriteError, httpx.CloseError) as error:
+        except httpx.ConnectError as error:
             raise Refused(self.hide(str(error) or type(error).__name__)) from error
+        except httpx.NetworkError as error:
+            said = self.hide(str(error) or type(error).__name__)
+            # Nothing came, or not all of it: only the first can be asked again without a thought.
+            if answers:
+                raise Broken(f"an answer that was broken off ({said})") from error
+            raise Refused(said, again=True) from error
         except httpx.RemoteProtocolError as error:
             said = self.hide(str(error))
-            # Nothing came, or not all of it: only the first can be asked again without a thought.
-            raise (Refused if "without sending" in said else Broken)(said) from error
+            if "without sending" in said:
+                raise Refused(said, again=True) from error
+            raise Broken(said) from error
         except httpx.HTTPError as error:
             raise Broken(self.hide(f"{type(error).__name__}: {error}")) from error
         except RuntimeError as error:
