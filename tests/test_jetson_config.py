@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -90,7 +92,8 @@ def test_containers_install_what_setup_asks_for(board: str) -> None:
     text = (CONTAINERS / f"{board}.Dockerfile").read_text()
     code = re.search(r'python3 -c "(.*?)" > /tmp/requirements', text, re.S).group(1)
     # Docker joins continued lines as a shell does.
-    asked = ["bash", "-c", f'python3 -c "{code}"']
+    # The Python of these tests, which need not be the one that the shell finds.
+    asked = ["bash", "-c", f'{shlex.quote(sys.executable)} -c "{code}"']
     done = subprocess.run(asked, capture_output=True, text=True, timeout=60, check=True)
     required = [re.match(r"[\w-]+", line).group() for line in done.stdout.splitlines()]
     assert {"numpy", "transformers", "pyyaml"} <= {name.lower() for name in required}

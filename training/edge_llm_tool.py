@@ -70,6 +70,8 @@ def run_exporter(program: Path, checkpoint: Path, out: Path, timeout_s: float = 
         environment.pop("LD_LIBRARY_PATH", None)
     # Nothing is fetched: the checkpoint is a folder.
     environment |= {"HF_HUB_OFFLINE": "1", "PYTHONNOUSERSITE": "1", "NO_COLOR": "1"}
+    # What it says last is why it failed, so its two outputs have to come in their order.
+    environment["PYTHONUNBUFFERED"] = "1"
     try:
         status, told = run_command(command, environment, timeout_s)
     except OSError as error:
