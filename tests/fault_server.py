@@ -58,6 +58,7 @@ class FaultServer:
         delay_s: seconds that an answer takes.
         owner: what it says of a model's owner; None for what servers of its dialect say.
         lists: whether it can list its models.
+        card: what else it lists of its model.
         guide_field: name of the field that it takes a guide from; None for that of its dialect.
         schema: what it says on /openapi.json; None for nothing.
         key: that is wanted; None for none.
@@ -79,6 +80,7 @@ class FaultServer:
         self.refuses: set[str] = set()
         self.owner: str | None = None
         self.lists = True
+        self.card: dict = {}
         self.guide_field: str | None = None
         self.schema: dict | None = None
         self.delay_s = 0.0
@@ -241,7 +243,7 @@ class _Handler(BaseHTTPRequestHandler):
             return side.schema
         if self.path == "/v1/models":
             # transformers serve lists what lies in the hub's cache.
-            card = {"id": side.model, "object": "model", "created": 1, "owned_by": owner}
+            card = {"id": side.model, "object": "model", "created": 1, "owned_by": owner, **side.card}
             return {"object": "list", "data": [card] if owner else []}
         if self.path == "/version" and side.dialect in ("vllm", "trtllm-serve"):
             return {"version": "0.32.0" if side.dialect == "vllm" else "1.3.0"}

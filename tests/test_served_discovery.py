@@ -16,7 +16,10 @@ from fault_server import FaultServer
 from depthlm_ros.bench.served_overhead import compare, main
 from depthlm_ros.cards import load_card
 from depthlm_ros.engines.options import EngineOptions
+from depthlm_ros.engines.served.address import Address, Key
+from depthlm_ros.engines.served.client import Client
 from depthlm_ros.engines.served.engine import load_served, open_served
+from depthlm_ros.engines.served.servers import Server, Servers
 from depthlm_ros.errors import EngineError, MissingDependencyError
 
 IMAGE = np.zeros((64, 64, 3), np.uint8)
@@ -88,6 +91,35 @@ def test_a_server_that_cannot_list_its_models_is_asked_by_the_name_given():
 def test_a_name_that_is_not_listed_is_an_error_with_those_that_are():
     with FaultServer() as server, pytest.raises(EngineError, match="'other'; it lists small"):
         load(server.url, server_model="other")
+
+
+@pytest.mark.parametrize("root", [{}, [], 7, None])
+def test_a_root_that_is_no_text_says_nothing(root):
+    with FaultServer() as server:
+        server.card = {"root": root}
+        assert version(server)
+
+
+def test_whatever_goes_wrong_while_a_server_is_asked_who_it_is_is_a_reason(monkeypatch):
+    def fail(*_):
+        raise KeyError("sk-secret")
+
+    monkeypatch.setattr("depthlm_ros.engines.served.engine.discover", fail)
+    with pytest.raises(EngineError, match="can't be asked: KeyError;?.*Start the server") as refused:
+        load("http://localhost:1")
+    assert "sk-secret" not in str(refused.value)
+
+
+def test_a_server_that_comes_back_while_the_reasons_are_told_has_one():
+    client = Client(Address.parse("http://localhost:1"), Key(), 1)
+    server = Server(client, 1)
+    servers = Servers([server], lambda *_: None, "", 1.0)
+
+    # The watching lets it in after it was passed over.
+    server.reason = lambda: ""
+    with pytest.raises(EngineError, match="localhost:1 is back just now"):
+        servers.choose({})
+    client.close()
 
 
 def test_no_more_at_once_than_the_server_has_room_for():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import socket
 import struct
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -455,6 +456,9 @@ def test_a_key_is_not_sent_unencrypted_to_a_public_host(monkeypatch):
         ("http://[::1]:8000", "http://[::1]:8000", True),
         ("http://10.0.0.5", "http://10.0.0.5", True),
         ("http://trtllm:8000", "http://trtllm:8000", True),
+        ("http://134744072", "http://134744072", False),
+        ("http://0x8080808", "http://0x8080808", False),
+        ("http://example\u3002com", "http://example\u3002com", False),
     ],
 )
 def test_urls(url, base, private):
@@ -468,6 +472,29 @@ def test_urls(url, base, private):
 def test_what_is_no_url_is_refused(url):
     with pytest.raises(ConfigError, match="server_urls.*http://localhost:8000"):
         Address.parse(url)
+
+
+@pytest.mark.parametrize(
+    "url", ["http://a..b", "http://999.1.1.1:80", "http://a\x01b", "http://h/\x01", "http://" + 70 * "a"]
+)
+def test_a_url_that_nothing_can_be_sent_to_is_refused_at_load(url):
+    card, source = load_card("demo")
+    with pytest.raises(ConfigError, match="server_urls.*http://localhost:8000"):
+        load_served(source, card, EngineOptions(server_urls=("http://localhost:1", url)))
+
+
+@pytest.mark.parametrize("proxy", ["socks5://me:hunter2@proxy:1", "gopher://me:hunter2@proxy:1", "http://999.1.1.1"])
+def test_a_proxy_that_is_none_is_refused_and_leaves_no_client_behind(proxy, monkeypatch):
+    monkeypatch.setitem(sys.modules, "socksio", None)
+    monkeypatch.setenv("ALL_PROXY", proxy)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    monkeypatch.delenv("no_proxy", raising=False)
+    closed = []
+    monkeypatch.setattr(Client, "close", lambda self: closed.append(self.address.base))
+    card, source = load_card("demo")
+    with pytest.raises(ConfigError, match="https://example.com.*ALL_PROXY") as refused:
+        load_served(source, card, EngineOptions(server_urls=("http://localhost:1", "https://example.com")))
+    assert "hunter2" not in str(refused.value) and closed == ["http://localhost:1"]
 
 
 def test_a_password_in_a_url_is_refused_without_being_shown():

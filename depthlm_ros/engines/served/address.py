@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import re
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
@@ -37,6 +38,12 @@ class Address:
         try:
             parts = urlsplit(url.strip())
             host, port = parts.hostname, parts.port
+            # As it is looked up: other scripts have dots and digits of their own.
+            looked_up = (host or "").encode("idna").decode("ascii")
+        except UnicodeError as error:
+            raise ConfigError(
+                f"server_urls: {url!r} has a host that can't be looked up ({error}); give one like {EXAMPLE}"
+            ) from error
         except ValueError as error:
             raise ConfigError(f"server_urls: a URL can't be read ({error}); give one like {EXAMPLE}") from error
         if parts.username is not None or parts.password is not None:
@@ -52,7 +59,7 @@ class Address:
         path = parts.path.rstrip("/").removesuffix("/v1").rstrip("/")
         shown = f"[{host}]" if ":" in host else host
         place = shown if port is None else f"{shown}:{port}"
-        return cls(f"{parts.scheme}://{place}{path}", _is_private(host), parts.scheme == "https")
+        return cls(f"{parts.scheme}://{place}{path}", _is_private(looked_up), parts.scheme == "https")
 
 
 @dataclass(frozen=True)
@@ -102,5 +109,8 @@ def _is_private(host: str) -> bool:
         address = ipaddress.ip_address(host.split("%")[0])
     except ValueError:
         name = host.rstrip(".").lower()
+        if re.fullmatch("[0-9]+|0x[0-9a-f]*", name):
+            # Looked up as one: 134744072 is 8.8.8.8.
+            return False
         return "." not in name or name.endswith((".local", ".localhost", ".internal", ".lan", ".home.arpa"))
     return address.is_private or address.is_loopback or address.is_link_local

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from depthlm_ros.engines.served.address import Address, Key
-from depthlm_ros.errors import MissingDependencyError
+from depthlm_ros.engines.served.address import EXAMPLE, Address, Key
+from depthlm_ros.errors import ConfigError, MissingDependencyError
 
 # An answer of a few numbers has 1 KB, with the probabilities of its tokens 20.
 MOST_ANSWER_BYTES = 4 << 20
@@ -92,24 +92,41 @@ class Client:
         address: where.
         key: sent with every request.
         connections: most at once.
+
+    Raises:
+        ConfigError: no request can be sent to the address, or the proxy in the environment is none.
+        MissingDependencyError: httpx isn't installed.
     """
 
     def __init__(self, address: Address, key: Key, connections: int) -> None:
         self.address = address
         self._key = key
         self._httpx = import_httpx()
+        try:
+            self._httpx.URL(address.base)
+        except (self._httpx.InvalidURL, ValueError) as error:
+            raise ConfigError(f"server_urls: {address.base!r} is no URL ({error}); give one like {EXAMPLE}") from error
         limits = self._httpx.Limits(
             max_connections=connections, max_keepalive_connections=connections, keepalive_expiry=IDLE_S
         )
-        self._client = self._httpx.Client(
-            # Packed answers could be of any size once unpacked.
-            headers={"Accept": "application/json", "Accept-Encoding": "identity", **key.headers()},
-            limits=limits,
-            # The system's authorities, or those of SSL_CERT_FILE and SSL_CERT_DIR.
-            verify=ssl.create_default_context(),
-            trust_env=not address.private,
-            follow_redirects=False,
-        )
+        # The system's authorities, or those of SSL_CERT_FILE and SSL_CERT_DIR.
+        authorities = ssl.create_default_context()
+        try:
+            self._client = self._httpx.Client(
+                # Packed answers could be of any size once unpacked.
+                headers={"Accept": "application/json", "Accept-Encoding": "identity", **key.headers()},
+                limits=limits,
+                verify=authorities,
+                trust_env=not address.private,
+                follow_redirects=False,
+            )
+        except (ImportError, ValueError, self._httpx.InvalidURL) as error:
+            # Its message may hold the proxy's password.
+            raise ConfigError(
+                f"{address.base} can't be asked through the proxy that HTTP_PROXY, HTTPS_PROXY or ALL_PROXY names "
+                f"({type(error).__name__}); give an http:// URL there, install what a SOCKS proxy needs with "
+                "pip install socksio, or name the host in NO_PROXY"
+            ) from None
         self._sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
         self._cuts = 0
         self._lock = threading.Lock()
@@ -204,7 +221,7 @@ class Client:
             raise Broken(said) from error
         except httpx.HTTPError as error:
             raise Broken(self.hide(f"{type(error).__name__}: {error}")) from error
-        except RuntimeError as error:
+        except (RuntimeError, UnicodeError, httpx.InvalidURL) as error:
             # The client was closed under a request.
             raise Refused(self.hide(str(error))) from error
 

@@ -236,9 +236,14 @@ def _choose(client: Client, wanted: str, cards: Sequence[dict], dialect: Dialect
         wanted = listed[0]
     elif dialect.lists and listed and wanted not in listed:
         raise Unusable(f"doesn't serve {wanted!r}; it lists {client.hide(', '.join(listed[:8]))}")
-    roots = {card.get("root") for card in cards if card.get("id") == wanted} - {None, ""}
-    same = {str(card["id"]) for card in cards if card.get("id") and card.get("root") in roots}
+    roots = {_root(card) for card in cards if card.get("id") == wanted} - {""}
+    same = {str(card["id"]) for card in cards if card.get("id") and _root(card) in roots}
     return wanted, frozenset({wanted} | same)
+
+
+def _root(card: dict) -> str:
+    root = card.get("root")
+    return root if isinstance(root, str) else ""
 
 
 def _concurrency(dialect: Dialect, health: dict) -> int | None:

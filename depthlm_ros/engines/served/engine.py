@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -61,7 +62,7 @@ def open_served(source: str | Path, card: ModelCard, options: EngineOptions) -> 
         options: URLs, key and limits.
 
     Raises:
-        ConfigError: no URL, a URL that is none, a key that would go out unencrypted.
+        ConfigError: no URL, a URL that is none, a key that would go out unencrypted, a proxy that is none.
         MissingDependencyError: httpx isn't installed.
         ModelError: the processor's files can't be read.
         EngineError: no server can be asked.
@@ -79,26 +80,30 @@ def open_served(source: str | Path, card: ModelCard, options: EngineOptions) -> 
     processor = PromptProcessor(checkpoint, card.system_text)
     wish = _wish(processor, checkpoint, card, options)
     connections = options.server_concurrency + _SPARE_CONNECTIONS
-    servers = Servers(
-        [Server(Client(address, key, connections), options.server_concurrency) for address in addresses],
-        lambda client, model, timeout_s: discover(client, replace(wish, model=model), timeout_s),
-        options.server_model,
-        options.server_timeout_s,
-    )
-    try:
+    with contextlib.ExitStack() as undo:
+        clients = []
+        for address in addresses:
+            clients.append(Client(address, key, connections))
+            undo.callback(clients[-1].close)
+        servers = Servers(
+            [Server(client, options.server_concurrency) for client in clients],
+            lambda client, model, timeout_s: discover(client, replace(wish, model=model), timeout_s),
+            options.server_model,
+            options.server_timeout_s,
+        )
+        undo.callback(servers.close)
         servers.open()
-    except BaseException:
-        servers.close()
-        raise
-    backend = ServedBackend(
-        servers,
-        options.server_concurrency,
-        options.server_timeout_s,
-        options.server_image,
-        card.system_text,
-        options.prefix_reuse,
-    )
-    return Served(backend, processor, _describe(servers, checkpoint, options))
+        backend = ServedBackend(
+            servers,
+            options.server_concurrency,
+            options.server_timeout_s,
+            options.server_image,
+            card.system_text,
+            options.prefix_reuse,
+        )
+        served = Served(backend, processor, _describe(servers, checkpoint, options))
+        undo.pop_all()
+    return served
 
 
 def _wish(processor: PromptProcessor, checkpoint: Checkpoint, card: ModelCard, options: EngineOptions) -> Wish:

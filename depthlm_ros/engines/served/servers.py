@@ -225,8 +225,8 @@ class Servers:
         for server in self.all:
             try:
                 self._admit(server, None)
-            except (Refused, TimedOut, Broken, Unusable) as error:
-                server.drop(str(error))
+            except Exception as error:
+                server.drop(_reason(error))
         if not any(server.up for server in self.all):
             reasons = "; ".join(server.reason() for server in self.all)
             raise EngineError(
@@ -249,7 +249,10 @@ class Servers:
         for server in self.all:
             if server.up and server not in tried:
                 return server
-        reasons = "; ".join(server.reason() or f"{server.name} {tried[server]}" for server in self.all)
+        # The watching may let one in between the loop and here.
+        reasons = "; ".join(
+            server.reason() or f"{server.name} {tried.get(server) or 'is back just now'}" for server in self.all
+        )
         raise EngineError(f"no server answers: {reasons}; each is asked again as soon as it does")
 
     def others(self, server: Server, tried: dict[Server, str]) -> bool:
@@ -294,10 +297,15 @@ class Servers:
             except TimedOut as error:
                 # It may only be slow: loading, or computing what it was asked before.
                 trial_s = min(2 * trial_s, max(self._timeout_s, TRIAL_S), server.longest_trial_s)
-                reason = str(error)
-            except (Refused, Broken, Unusable) as error:
-                reason = str(error)
+                reason = _reason(error)
             except Exception as error:
                 # A thread that ends would leave the server unused for ever.
-                reason = f"can't be asked: {type(error).__name__}"
+                reason = _reason(error)
             server.drop(reason)
+
+
+def _reason(error: Exception) -> str:
+    """Why a server couldn't be asked who it is; what nobody thought of is only named, it may hold anything."""
+    if isinstance(error, Refused | TimedOut | Broken | Unusable):
+        return str(error)
+    return f"can't be asked: {type(error).__name__}"
