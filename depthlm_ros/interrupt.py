@@ -9,6 +9,8 @@ import threading
 import time
 from typing import Any
 
+from depthlm_ros.engines.edge_llm_command import end_all
+
 # A terminal and ros2 launch tell one Ctrl-C within this time; so many of them end the process wherever it is.
 _ONE_CTRL_C_S = 1.0
 _CTRL_CS_TO_END = 3
@@ -61,6 +63,7 @@ class Interrupt:
         self._count += 1
         if self._count == _CTRL_CS_TO_END:
             os.write(2, b"depth_node: ended by the third Ctrl-C\n")
+            end_all()
             os._exit(128 + signal.SIGINT)
 
     def ignore(self) -> None:

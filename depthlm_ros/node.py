@@ -38,6 +38,7 @@ from sensor_msgs.msg import CameraInfo
 from depthlm_ros import qos
 from depthlm_ros.camera_input import CameraInput, Pair
 from depthlm_ros.config import NODE_NAME, Parameters
+from depthlm_ros.engines.edge_llm_command import end_all
 from depthlm_ros.errors import ConfigError, DepthLMError
 from depthlm_ros.frames import DEPTH_TOPICS, Arrival, FramePath
 from depthlm_ros.inference import Inference, check_model, spoken_dialect
@@ -496,6 +497,7 @@ def main(args: list[str] | None = None, load: EstimatorFactory = load_estimator)
         # A forward pass can't be interrupted, and the interpreter's own end would wait for it or crash in it.
         sys.stdout.flush()
         sys.stderr.flush()
+        end_all()
         os._exit(status)
     interrupt.restore()
     return status

@@ -393,6 +393,8 @@ def test_signals_within_a_second_are_one_ctrl_c_and_none_counts_once_the_node_is
     clock = [0.0]
     monkeypatch.setattr(module.time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(module.os, "_exit", end)
+    # Nothing could be started after it, and this process goes on.
+    monkeypatch.setattr(module, "end_all", lambda: None)
 
     def told(*seconds: float, muted: bool = False) -> list[str]:
         interrupt, seen = module.Interrupt(), []

@@ -18,7 +18,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from depthlm_ros.engines.edge_llm_command import TookTooLong, last_lines, run_command
+from depthlm_ros.engines.edge_llm_command import TookTooLong, last_lines, private_folder, run_command
 from depthlm_ros.engines.edge_llm_requests import Limits, read_replies, request_file
 from depthlm_ros.engines.worded import Ask, Reply
 from depthlm_ros.errors import EngineError, MissingDependencyError
@@ -69,9 +69,22 @@ class CommandBackend:
         Raises:
             EngineError: it failed, took too long, or answered something else; its last lines are in the message.
         """
+        if not asks:
+            return []
         self._limits.check(asks)
-        with tempfile.TemporaryDirectory(prefix="depthlm-edge-llm-") as scratch:
-            folder = Path(scratch)
+        try:
+            return self._ask(asks)
+        except OSError as error:
+            raise EngineError(
+                f"the questions can't be written to {tempfile.gettempdir()} ({error}); make room there, or name a "
+                "folder with room in TMPDIR"
+            ) from error
+
+    def close(self) -> None:
+        """Nothing is kept between calls."""
+
+    def _ask(self, asks: Sequence[Ask]) -> list[Reply]:
+        with private_folder("depthlm-edge-llm-") as folder:
             files = _Files(folder)
             told = request_file(
                 asks,
@@ -92,9 +105,6 @@ class CommandBackend:
                 return read_replies(output, len(asks))
             except EngineError as error:
                 raise EngineError(f"{error}. Its last lines:\n{last_lines(printed)}") from error
-
-    def close(self) -> None:
-        """Nothing is kept between calls."""
 
     def _run(self, folder: Path) -> str:
         left = TIMEOUT_S if self.deadline is None else self.deadline - time.monotonic()
