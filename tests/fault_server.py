@@ -69,6 +69,7 @@ class FaultServer:
         said: the answer to each.
         busiest: most questions that were under way at once.
         pages: GETs that were asked.
+        posts: how many POSTs came.
     """
 
     def __init__(self, dialect: str = "vllm", model: str = "small") -> None:
@@ -90,7 +91,7 @@ class FaultServer:
         self.prompts: list[str] = []
         self.said: list[str] = []
         self.pages: list[str] = []
-        self.under_way = self.busiest = self.sent_away = 0
+        self.under_way = self.busiest = self.sent_away = self.posts = 0
         self.lock = threading.Lock()
         self._port = 0
         self._scheme = "http"
@@ -217,6 +218,7 @@ class _Handler(BaseHTTPRequestHandler):
         if not self._may_enter():
             return
         with side.lock:
+            side.posts += 1
             side.under_way += 1
             side.busiest = max(side.busiest, side.under_way)
             full = side.most is not None and side.under_way > side.most

@@ -11,7 +11,7 @@ import time
 
 import numpy as np
 import pytest
-from fault_server import FaultServer
+from fault_server import FaultServer, _Handler
 
 from depthlm_ros.bench.served_overhead import compare, main
 from depthlm_ros.cards import load_card
@@ -98,6 +98,30 @@ def test_a_root_that_is_no_text_says_nothing(root):
     with FaultServer() as server:
         server.card = {"root": root}
         assert version(server)
+
+
+@pytest.mark.parametrize("where", ["model", "answer", "ending", "guide"])
+def test_what_a_server_says_of_itself_is_shown_without_the_key_and_not_at_length(where, monkeypatch):
+    key, long = "sk-very-secret-1234", "y" * 5000
+    monkeypatch.setenv("THE_KEY", key)
+    with FaultServer() as server:
+        complete = _Handler._completion
+        if where == "model":
+            server.model = key + long
+        elif where == "guide":
+            server.guides = False
+            server.number = lambda *_: "x" * 35 + key
+        else:
+            monkeypatch.setattr("fault_server._Handler._completion", lambda *given: complete(*given) | {
+                "answer": {"model": key + long}, "ending": {"error": key + long}}[where])  # fmt: skip
+        try:
+            engine = load(server.url, server_key_variable="THE_KEY")
+        except EngineError as error:
+            shown = str(error)
+        else:
+            shown = " ".join([*engine.complaints, *engine.info.reasons, engine.info.model])
+            engine.close()
+    assert key[:5] not in shown and "**" in shown and len(shown) < 1500
 
 
 def test_whatever_goes_wrong_while_a_server_is_asked_who_it_is_is_a_reason(monkeypatch):

@@ -19,6 +19,7 @@ from depthlm_ros.engines.options import EngineOptions
 from depthlm_ros.engines.served.address import Address, Key
 from depthlm_ros.engines.served.client import MOST_ANSWER_BYTES, Broken, Client, Refused
 from depthlm_ros.engines.served.engine import load_served
+from depthlm_ros.engines.served.images import Picture
 from depthlm_ros.errors import ConfigError, EngineError
 
 IMAGE = np.random.default_rng(1).integers(0, 256, (64, 96, 3), dtype=np.uint8)
@@ -383,6 +384,34 @@ def test_only_what_was_not_answered_is_asked_twice(said, error, asked):
             client.post("/", b"{}", time.monotonic() + 5.0)
         assert server.asked == asked
         client.close()
+
+
+def test_a_request_of_a_frame_that_was_broken_off_is_not_sent(server):
+    client = client_of(server.url)
+    cuts = client.cuts
+    client.cut()
+    with pytest.raises(Refused, match="broken off"):
+        client.post("/v1/chat/completions", b"{}", time.monotonic() + 5.0, cuts)
+    assert not server.posts
+    client.post("/v1/chat/completions", b'{"messages": []}', time.monotonic() + 5.0)
+    assert server.posts == 1
+    client.close()
+
+
+def test_a_thread_that_is_late_sends_nothing_of_a_frame_that_is_over(engine, server, monkeypatch):
+    encode = Picture._encode
+
+    def slowly(self):
+        time.sleep(1.0)
+        return encode(self)
+
+    before = server.posts
+    monkeypatch.setattr(Picture, "_encode", slowly)
+    engine.deadline = time.monotonic() + 0.3
+    with pytest.raises(EngineError):
+        texts(engine)
+    time.sleep(1.2)
+    assert server.posts == before
 
 
 @pytest.mark.parametrize("error", ["ConnectError", "ConnectTimeout"])

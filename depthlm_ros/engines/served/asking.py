@@ -81,7 +81,7 @@ class Question:
 
 
 def put(
-    client: Client, peer: Peer, system: str | None, question: Question, limit: float
+    client: Client, peer: Peer, system: str | None, question: Question, limit: float, cuts: int
 ) -> tuple[Reply, str | None]:
     """Sends a question and waits for its answer.
 
@@ -91,6 +91,7 @@ def put(
         system: text of the system message; None for none.
         question: what is asked.
         limit: latest end, in seconds of `time.monotonic`.
+        cuts: the client's, from when the frame began.
 
     Returns:
         The answer and why it ended.
@@ -102,7 +103,7 @@ def put(
     ask = question.ask
     body = peer.dialect.body(peer.model, system, question.pictures, ask.question, ask.max_new_tokens, ask.guide)
     try:
-        response = client.post("/v1/chat/completions", body, limit)
+        response = client.post("/v1/chat/completions", body, limit, cuts)
     except Refused as error:
         raise Again(f"can't be reached: {error}", tries=_CONNECTIONS) from error
     except TimedOut as error:

@@ -136,20 +136,26 @@ class Client:
 
     def get(self, path: str, timeout_s: float) -> Response:
         """Asks for a page; raises as `post`."""
-        return self._ask("GET", path, None, time.monotonic() + timeout_s)
+        return self._ask("GET", path, None, time.monotonic() + timeout_s, self._cuts)
 
-    def post(self, path: str, body: bytes, limit: float) -> Response:
+    @property
+    def cuts(self) -> int:
+        """How often everything was broken off."""
+        return self._cuts
+
+    def post(self, path: str, body: bytes, limit: float, cuts: int | None = None) -> Response:
         """Sends JSON and waits for the whole answer.
 
         Args:
             path: from "/" on.
             body: JSON.
             limit: latest end, in seconds of `time.monotonic`.
+            cuts: `cuts` from when it was decided to ask; a request that was broken off since isn't sent. None: now.
 
         Raises:
             Refused, TimedOut, Broken: what went wrong; the message is for a person.
         """
-        return self._ask("POST", path, body, limit)
+        return self._ask("POST", path, body, limit, self._cuts if cuts is None else cuts)
 
     def cut(self) -> None:
         """Breaks every connection off, so that requests under way end at once, here and in the server."""
@@ -170,8 +176,7 @@ class Client:
         text = " ".join(self._key.hide(said).split())
         return text if len(text) <= _QUOTED else text[:_QUOTED] + " ..."
 
-    def _ask(self, method: str, path: str, body: bytes | None, limit: float) -> Response:
-        cuts = self._cuts
+    def _ask(self, method: str, path: str, body: bytes | None, limit: float, cuts: int) -> Response:
         try:
             return self._send(method, path, body, limit, cuts)
         except Refused as error:
@@ -182,6 +187,8 @@ class Client:
 
     def _send(self, method: str, path: str, body: bytes | None, limit: float, cuts: int) -> Response:
         httpx, left = self._httpx, limit - time.monotonic()
+        if self._cuts != cuts:
+            raise Refused("was broken off before it was asked")
         if left <= 0:
             raise TimedOut("could not be asked in time")
         timeout = httpx.Timeout(connect=min(CONNECT_S, left), read=left, write=min(10.0, left), pool=left)

@@ -149,13 +149,13 @@ def _try_out(client: Client, peer: Peer, wish: Wish, wait_s: float) -> Peer:
                 raise
             peer = _without(peer, dialect, str(error))
         except (NoAnswer, WrongModel) as error:
-            raise Unusable(str(error)) from error
+            raise Unusable(client.hide(str(error))) from error
     dialect = peer.dialect
     if dialect.guide and reply.text.strip() != SHOT_GUIDE:
         remedy = (
             "start it with guided_decoding_backend: xgrammar" if dialect.name == "trtllm-serve" else "look at its log"
         )
-        said = reply.text[:40]
+        said = client.hide(reply.text)[:40]
         text = f"ignores guides: it was to say {SHOT_GUIDE} and said {said!r}; {remedy}, or set guided to false"
         peer = replace(peer, warnings=(*peer.warnings, text))
     if dialect.logprobs and not reply.logprobs:
@@ -176,7 +176,7 @@ def _find_guide(client: Client, peer: Peer, wish: Wish, limit: float) -> Peer:
         except (Unusable, NoAnswer):
             continue
         except WrongModel as error:
-            raise Unusable(str(error)) from error
+            raise Unusable(client.hide(str(error))) from error
         if reply.text.strip() == SHOT_GUIDE:
             return tried if name == peer.dialect.guide else replace(tried, notes=(*peer.notes, f"has guides in {name}"))
     return peer
@@ -235,7 +235,7 @@ def _choose(client: Client, wanted: str, cards: Sequence[dict], dialect: Dialect
             raise Unusable(f"lists {len(listed)} models ({client.hide(seen)}); set server_model to the one to ask")
         wanted = listed[0]
     elif dialect.lists and listed and wanted not in listed:
-        raise Unusable(f"doesn't serve {wanted!r}; it lists {client.hide(', '.join(listed[:8]))}")
+        raise Unusable(f"doesn't serve {client.hide(wanted)!r}; it lists {client.hide(', '.join(listed[:8]))}")
     roots = {_root(card) for card in cards if card.get("id") == wanted} - {""}
     same = {str(card["id"]) for card in cards if card.get("id") and _root(card) in roots}
     return wanted, frozenset({wanted} | same)

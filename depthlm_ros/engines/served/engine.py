@@ -132,16 +132,18 @@ def _generation_config(folder: Path) -> dict:
 
 
 def _describe(servers: Servers, checkpoint: Checkpoint, options: EngineOptions) -> EngineInfo:
-    peer = next(server.peer for server in servers.all if server.up)
+    first = next(server for server in servers.all if server.up)
+    peer = first.require_peer()
+    model = first.client.hide(peer.model)
     reasons = [
-        f"{', '.join(server.name for server in servers.all)} serve{'s' if len(servers.all) == 1 else ''} {peer.model}",
+        f"{', '.join(server.name for server in servers.all)} serve{'s' if len(servers.all) == 1 else ''} {model}",
         f"up to {min(server.most for server in servers.all if server.up)} questions at once, images as "
         f"{options.server_image}",
         *_sentences(peer),
     ]
     return EngineInfo(
         engine="openai",
-        model=peer.model,
+        model=model,
         architecture=checkpoint.architecture,
         device=", ".join(server.name for server in servers.all),
         dtype="served",

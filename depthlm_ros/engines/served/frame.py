@@ -74,6 +74,8 @@ class Frame:
         self._server = server
         # One and the same for the frame: the watching of a server may find another one behind its URL.
         self._peer = server.require_peer()
+        # What is put after the frame was broken off, by a thread that was late, isn't sent.
+        self._cuts = server.client.cuts
         self._limits = limits
         self._replies = replies
         self._ready = deque(first)
@@ -123,7 +125,7 @@ class Frame:
             limit = self._limits.of(question)
             self._server.sent()
             future = self._limits.threads.submit(
-                put, self._server.client, self._peer, self._limits.system, question, limit
+                put, self._server.client, self._peer, self._limits.system, question, limit, self._cuts
             )
             self._under_way[future] = question, self._peer, now, limit
             future.add_done_callback(self._done.put)
@@ -208,7 +210,7 @@ class Frame:
         if not guide or not self._peer.dialect.guide or ended == "length":
             return
         if re.fullmatch(guide, reply.text.strip()) is None:
-            said = reply.text[:60]
+            said = self._server.client.hide(reply.text)[:60]
             self._server.ignores(f"doesn't keep to the guide: it said {said!r}; answers are read as they come")
 
     def _check_time(self) -> None:
@@ -220,7 +222,8 @@ class Frame:
         if (deadline is not None and now > deadline) or any(
             now > limit + _GRACE_S for *_, limit in self._under_way.values()
         ):
-            self._judge_late(now, f"did not answer within {now - self._began:.1f} s")
+            put_at = min((when for _, _, when, _ in self._under_way.values()), default=self._began)
+            self._judge_late(now, f"did not answer within {now - put_at:.1f} s")
 
     def _judge_late(self, now: float, how: str) -> NoReturn:
         """Gives the frame up; and the server, unless it only was asked for too much, or too late."""
