@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -74,6 +75,30 @@ def test_what_the_runtime_does_wrong_is_an_error():
     backend.close()
     with pytest.raises(EngineError, match="closed"):
         backend.ask(asks)
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"logprobs": [[[SimpleNamespace(piece=None, logprob=-1.0)]]]},
+        {"logprobs": [[[SimpleNamespace(piece=b"1", logprob="much")]]]},
+        {"logprobs": [[], []]},
+        {"logprobs": 5},
+        {"output_texts": None},
+        {"finish_reasons": None},
+    ],
+)
+def test_odd_values_of_the_runtime_are_an_error_of_the_engine(odd):
+    backend, runtime, module = native()
+    whole = {"output_texts": ["1"], "finish_reasons": [module.FinishReason.END_ID], "logprobs": []}
+    runtime.handle_request = lambda request: SimpleNamespace(**{**whole, **odd})
+    with pytest.raises(EngineError, match="TensorRT Edge-LLM failed: "):
+        backend.ask([Ask((image(1),), "a", 16)])
+
+
+def test_nothing_asked_is_nothing_answered():
+    backend, runtime, _ = native()
+    assert backend.ask([]) == [] and runtime.requests == []
 
 
 def test_engines_that_do_not_load_name_the_remedy():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -103,6 +105,15 @@ def test_the_search_for_the_tokens_stays_quick():
     assert chosen_tokens("a" * 150 + "b", steps) == ((), ())
 
 
+def test_an_answer_of_thousands_of_tokens_is_read():
+    steps = [[("b", -0.1), ("aa", -0.2), ("a", -0.5)]] * 5000
+    pieces, logprobs = chosen_tokens("a" * 5000 + "b", steps)
+    assert "".join(pieces) == "a" * 5000 + "b" and len(pieces) == len(logprobs)
+    told = answer(0, "a" * 5000, logprobs=[[{"token": "a", "logprob": -1}]] * 5000)
+    (reply,) = read_replies({"responses": [told]}, 1)
+    assert reply.pieces == ("a",) * 5000
+
+
 def test_images_that_would_be_resized_are_refused():
     LIMITS.check([Ask((picture(),), "a?", 16)])
     for width, height in ((330, 256), (640, 480), (32, 32)):
@@ -113,8 +124,10 @@ def test_images_that_would_be_resized_are_refused():
 def test_questions_that_do_not_fit_are_refused():
     with pytest.raises(EngineError, match="answer of 600 don't fit"):
         LIMITS.check([Ask((picture(),), "a?", 600)])
-    with pytest.raises(EngineError, match="images of together 560 tokens"):
-        LIMITS.check([Ask((picture(),) * 7, "a?", 16)])
+    with pytest.raises(EngineError, match="7 images of together 560 tokens.*built for 512 tokens of prompt"):
+        replace(LIMITS, most_images=1000).check([Ask((picture(),) * 7, "a?", 16)])
+    with pytest.raises(EngineError, match="2 images of together 160 tokens; the engine was built for 80"):
+        replace(LIMITS, most_images=80).check([Ask((picture(), picture()), "a?", 16)])
     with pytest.raises(EngineError, match="has 18 images"):
         LIMITS.check([Ask((picture(64, 64),) * 18, "a?", 16)])
     with pytest.raises(EngineError, match="131072 bytes"):
@@ -127,4 +140,4 @@ def test_a_batch_holds_as_many_images_as_the_tower_was_built_for():
     assert LIMITS.together([one], 3) == 3
     assert LIMITS.together([one], 99) == 4
     assert LIMITS.together([one, two], 0) == 2
-    assert LIMITS.together([Ask((), "a?", 16)], 0) == 4
+    assert LIMITS.together([Ask((), "a?", 16)], 0) == LIMITS.together([], 0) == 4

@@ -111,6 +111,8 @@ class NativeBackend:
         """
         if self._runtime is None:
             raise EngineError("the engine is closed")
+        if not asks:
+            return []
         self._limits.check(asks)
         each = self._limits.together(asks, self._batch)
         encoded: dict[int, bytes] = {}
@@ -129,19 +131,19 @@ class NativeBackend:
 
     def _answer(self, asks: Sequence[Ask], encoded: dict[int, bytes]) -> list[Reply]:
         rt = self._rt
+        failed = (rt.FinishReason.ERROR, rt.FinishReason.CANCELLED, rt.FinishReason.NOT_FINISHED)
         try:
             response = self._runtime.handle_request(self._requests(asks, encoded))
-        except (RuntimeError, ValueError) as error:
-            raise EngineError(f"TensorRT Edge-LLM failed: {error}") from error
-        texts, reasons = list(response.output_texts), list(response.finish_reasons)
-        if not len(texts) == len(reasons) == len(asks):
-            raise EngineError(f"TensorRT Edge-LLM gave {len(texts)} answers to {len(asks)} questions")
-        failed = (rt.FinishReason.ERROR, rt.FinishReason.CANCELLED, rt.FinishReason.NOT_FINISHED)
-        for text, reason in zip(texts, reasons, strict=True):
-            if reason in failed:
-                raise EngineError(f"TensorRT Edge-LLM couldn't answer: {reason}, {text[:200]!r}")
-        told = list(response.logprobs) or [()] * len(asks)
-        return [_reply(text, steps) for text, steps in zip(texts, told, strict=True)]
+            texts, reasons = [str(text) for text in response.output_texts], list(response.finish_reasons)
+            if not len(texts) == len(reasons) == len(asks):
+                raise EngineError(f"TensorRT Edge-LLM gave {len(texts)} answers to {len(asks)} questions")
+            for text, reason in zip(texts, reasons, strict=True):
+                if reason in failed:
+                    raise EngineError(f"TensorRT Edge-LLM couldn't answer: {reason}, {text[:200]!r}")
+            told = list(response.logprobs) or [()] * len(asks)
+            return [_reply(text, steps) for text, steps in zip(texts, told, strict=True)]
+        except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+            raise EngineError(f"TensorRT Edge-LLM failed: {type(error).__name__}: {error}") from error
 
     def _requests(self, asks: Sequence[Ask], encoded: dict[int, bytes]) -> Any:
         request = self._rt.LLMGenerationRequest()

@@ -58,7 +58,13 @@ class Limits:
         for image in {id(image): image for ask in asks for image in ask.images}.values():
             self._check_image(image)
         for ask in asks:
-            tokens = sum(self.tokens(image) for image in ask.images)
+            tokens = self.tokens_of(ask)
+            if tokens > self.most_images:
+                raise EngineError(
+                    f"a question has {len(ask.images)} images of together {tokens} tokens; the engine was built for "
+                    f"{self.most_images} tokens of images together. Export the model with a task of two images in its "
+                    "card"
+                )
             if tokens + ask.max_new_tokens >= self.capacity or tokens >= self.input_tokens:
                 raise EngineError(
                     f"{len(ask.images)} images of together {tokens} tokens and an answer of {ask.max_new_tokens} don't "
@@ -74,9 +80,13 @@ class Limits:
         """Image tokens of an (H, W, 3) image."""
         return image.shape[0] * image.shape[1] // self.pixels**2
 
+    def tokens_of(self, ask: Ask) -> int:
+        """Image tokens of a question."""
+        return sum(self.tokens(image) for image in ask.images)
+
     def together(self, asks: Sequence[Ask], asked: int) -> int:
         """How many of these questions fit into a batch, at most `asked` where that isn't 0."""
-        largest = max(sum(self.tokens(image) for image in ask.images) for ask in asks)
+        largest = max((self.tokens_of(ask) for ask in asks), default=0)
         fit = self.most_images // largest if largest else self.batch
         return max(1, min(self.batch, fit, asked or self.batch))
 
@@ -114,7 +124,7 @@ def request_file(
         "temperature": 1.0,
         "top_p": 1.0,
         "top_k": 1,
-        "max_generate_length": max(ask.max_new_tokens for ask in asks),
+        "max_generate_length": max((ask.max_new_tokens for ask in asks), default=1),
         "num_logprobs": LOGPROBS,
         "apply_chat_template": True,
         "add_generation_prompt": True,
@@ -172,26 +182,26 @@ def chosen_tokens(text: str, steps: Sequence[Sequence[tuple[str, float]]]) -> tu
         Texts and logprobs of as many tokens; nothing where no choice makes up the answer.
     """
     ranked = [sorted(step, key=lambda entry: -entry[1]) for step in steps]
-    dead: set[tuple[int, int]] = set()
-    taken: list[tuple[str, float]] = []
-
-    def walk(step: int, at: int) -> bool:
-        if at == len(text):
-            return True
-        if step == len(ranked) or (step, at) in dead:
-            return False
-        for piece, logprob in ranked[step]:
-            if piece and text.startswith(piece, at):
-                taken.append((piece, logprob))
-                if walk(step + 1, at + len(piece)):
-                    return True
-                taken.pop()
-        dead.add((step, at))
-        return False
-
-    if not text or not walk(0, 0):
+    if not text:
         return (), ()
-    return tuple(piece for piece, _ in taken), tuple(logprob for _, logprob in taken)
+    # Depth first and without recursion, since an answer may have thousands of tokens. Of each step: where its token
+    # begins in the text, and which one was taken.
+    seen: set[tuple[int, int]] = set()
+    path = [(0, -1)]
+    while path:
+        step, (at, entry) = len(path) - 1, path.pop()
+        if at == len(text):
+            taken = [ranked[i][entry] for i, (_, entry) in enumerate(path)]
+            return tuple(piece for piece, _ in taken), tuple(logprob for _, logprob in taken)
+        if step == len(ranked) or (entry < 0 and (step, at) in seen):
+            continue
+        seen.add((step, at))
+        for following in range(entry + 1, len(ranked[step])):
+            piece = ranked[step][following][0]
+            if piece and text.startswith(piece, at):
+                path += [(at, following), (at + len(piece), -1)]
+                break
+    return (), ()
 
 
 def _request(ask: Ask, place: Callable[[np.ndarray], str], system: str | None) -> dict[str, Any]:
