@@ -68,8 +68,11 @@ def truncate(path: str, size: int):
     [
         (lambda f: shutil.rmtree(f / "visual"), "wrote no visual/model.onnx, though it said that it succeeded"),
         (lambda f: (f / "llm" / "chat_template.jinja").unlink(), "wrote no llm/chat_template.jinja"),
-        (edit("llm/config.json", edgellm_version="0.9.1"), "Edge-LLM 0.9.1; graphs of 0.11"),
-        (edit("llm/config.json", edgellm_version="0.110.0"), "Edge-LLM 0.110.0"),
+        (edit("llm/config.json", edgellm_version="0.9.1"), "Edge-LLM '0.9.1'; graphs of 0.11"),
+        (edit("llm/config.json", edgellm_version="0.110.0"), "Edge-LLM '0.110.0'"),
+        (edit("llm/config.json", edgellm_version="0.11.0; reboot"), "Edge-LLM '0.11.0; reboot'"),
+        (edit("llm/config.json", edgellm_version="0.11.0\nreboot"), "Edge-LLM '0.11.0"),
+        (edit("llm/config.json", edgellm_version="0x11.0"), "Edge-LLM '0x11.0'"),
         (without("llm/config.json", "head_dim"), "lacks 'head_dim'"),
         (edit("llm/config.json", num_attention_heads=8), "num_attention_heads is 8, .* want 4"),
         (edit("llm/config.json", vocab_size=1), "vocab_size is 1, .* want 360"),

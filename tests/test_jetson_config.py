@@ -168,3 +168,24 @@ def test_entry_point_builds_no_plan_of_other_targets(machine: dict[str, str], tm
     (tmp_path / "export/engine.json").write_text("{")
     broken = enter(machine, "echo", "started")
     assert broken.returncode == 1 and "export the model again" in broken.stderr and broken.stdout == ""
+
+
+@pytest.mark.parametrize("target", ["../../../escaped x", "onnx ../../escaped", "x\\n../escaped", "", "plan", "../x"])
+def test_entry_point_makes_no_folder_of_an_unknown_target(machine: dict[str, str], tmp_path: Path, target: str) -> None:
+    (tmp_path / "export/engine.json").write_text(ENGINE % target)
+    before = sorted(tmp_path.iterdir())
+    done = enter(machine, "echo", "started")
+    assert done.returncode == 1 and done.stdout == "" and "known: onnx, edge-llm, tensorrt-llm" in done.stderr
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_entry_point_knows_the_targets_of_the_package() -> None:
+    (known,) = re.findall(r"^ +(onnx \|.*)\) ;;$", (CONTAINERS / "entrypoint.sh").read_text(), re.M)
+    assert known.split(" | ") == list(TARGETS)
+
+
+def test_entry_point_takes_known_precisions_only(machine: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "export/engine.json").write_text(ENGINE % "onnx")
+    done = enter({**machine, "DEPTHLM_PRECISION": "/../../escaped"}, "echo", "started")
+    assert done.returncode == 1 and "DEPTHLM_PRECISION is '/../../escaped'" in done.stderr
+    assert not (tmp_path / "cache").exists()

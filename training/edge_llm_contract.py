@@ -8,6 +8,7 @@ that tensorrt-edgellm 0.11.0 wrote.
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -111,10 +112,11 @@ def check_export(folder: Path, config: dict[str, Any]) -> str:
                 )
     llm, visual = (_json(folder / part / "config.json") for part in _FILES)
     version = str(llm.get("edgellm_version"))
-    if not version.startswith(tuple(f"{known}." for known in SUPPORTED)):
+    # The whole of it, since it stands in the scripts that run on the device.
+    if not any(re.fullmatch(rf"{re.escape(known)}\.[0-9A-Za-z.+-]+", version) for known in SUPPORTED):
         raise ModelError(
-            f"the exporter is TensorRT Edge-LLM {version}; graphs of {', '.join(SUPPORTED)} are known here. Install "
-            "the version of config/edge_llm_requirements.txt"
+            f"the exporter is TensorRT Edge-LLM {version[:80]!r}; graphs of {', '.join(SUPPORTED)} are known here. "
+            "Install the version of config/edge_llm_requirements.txt"
         )
     try:
         _check_configs(folder, config, llm, visual)

@@ -18,7 +18,7 @@ cache="${DEPTHLM_CACHE:-/cache}"
 source "${ROS_SETUP:-/opt/ros/${ROS_DISTRO:-jazzy}/setup.bash}"
 
 if [ -f "$export_folder/engine.json" ]; then
-    if ! read -r target name < <(python3 - "$export_folder/engine.json" <<'PYTHON'
+    if ! read -r name target < <(python3 - "$export_folder/engine.json" <<'PYTHON'
 import hashlib
 import json
 import pathlib
@@ -28,12 +28,28 @@ from depthlm_ros.machine import this_machine
 
 text = pathlib.Path(sys.argv[1]).read_bytes()
 here = json.dumps(this_machine().as_dict(), sort_keys=True).encode()
-print(json.loads(text)["target"], hashlib.sha256(text + here).hexdigest()[:16])
+# The digest first: whatever stands in the file, the folder's name is ours.
+print(hashlib.sha256(text + here).hexdigest()[:16], json.loads(text)["target"])
 PYTHON
     ); then
         echo "entrypoint: $export_folder/engine.json can't be read; export the model again" >&2
         exit 1
     fi
+    case "$target" in
+        onnx | edge-llm | tensorrt-llm) ;;
+        *)
+            echo "entrypoint: $export_folder/engine.json has target '$target'; known: onnx, edge-llm, tensorrt-llm." \
+                "Export the model again" >&2
+            exit 1
+            ;;
+    esac
+    case "${DEPTHLM_PRECISION:-fp32}" in
+        fp32 | fp16 | bf16) ;;
+        *)
+            echo "entrypoint: DEPTHLM_PRECISION is '$DEPTHLM_PRECISION'; known: fp32, fp16, bf16" >&2
+            exit 1
+            ;;
+    esac
     folder="$cache/engines/$name${DEPTHLM_PRECISION:+-$DEPTHLM_PRECISION}"
     if [ ! -f "$folder/engine.json" ]; then
         rm -rf "$folder.part"
