@@ -150,6 +150,24 @@ def test_a_slow_server_keeps_no_question_of_a_frame_that_was_given_up(engine, se
     assert texts(engine) == truth(server)
 
 
+def test_what_a_server_did_not_answer_in_time_is_counted_from_when_it_was_asked(server):
+    engine = load(server, server_concurrency=1, server_timeout_s=1.0)
+    try:
+        server.delay_s = 0.4
+        asked = len(server.requests)
+
+        def fail() -> None:
+            wait(lambda: len(server.requests) >= asked + 6, 10.0, "six")
+            server.delay_s, server.fault = 0.0, "drip_headers"
+
+        threading.Thread(target=fail).start()
+        # Six were answered before, in 2 s.
+        with pytest.raises(EngineError, match=r"did not answer within 1\.\d s"):
+            texts(engine)
+    finally:
+        engine.close()
+
+
 def test_no_answer_comes_after_the_deadline(engine, server):
     server.fault = "hang"
     for complains in (False, True):
@@ -412,6 +430,52 @@ def test_a_thread_that_is_late_sends_nothing_of_a_frame_that_is_over(engine, ser
         texts(engine)
     time.sleep(1.2)
     assert server.posts == before
+
+
+def test_a_server_whose_name_nobody_knows_keeps_no_thread_from_another(server, other, monkeypatch):
+    engine = load(server, other, server_concurrency=1, server_timeout_s=1.0)
+    hanging, look_up = threading.Event(), socket.getaddrinfo
+
+    def hang(host, port, *rest, **named):
+        if int(port) == int(server.url.rpartition(":")[2]):
+            hanging.wait(20.0)
+        return look_up(host, port, *rest, **named)
+
+    try:
+        server.stop()
+        server.start()
+        monkeypatch.setattr(socket, "getaddrinfo", hang)
+        began = time.monotonic()
+        assert texts(engine) == truth(other)
+        assert time.monotonic() - began < 5.0
+    finally:
+        hanging.set()
+        engine.close()
+
+
+@pytest.mark.parametrize("fault", ["hang", "429", "drip_headers"])
+def test_an_engine_that_is_closed_while_it_is_asked_says_so(fault, server):
+    engine = load(server, server_concurrency=2, server_timeout_s=20.0)
+    server.fault = fault
+    said: list[Exception] = []
+
+    def ask() -> None:
+        try:
+            texts(engine)
+        except Exception as error:
+            said.append(error)
+
+    asking = threading.Thread(target=ask)
+    before = server.posts
+    asking.start()
+    wait(lambda: server.posts > before, 5.0, "a question")
+    engine.close()
+    asking.join(5.0)
+    assert [(type(error), str(error)) for error in said] == [
+        (EngineError, "the engine was closed while it was asked")
+    ]
+    with pytest.raises(EngineError, match="closed"):
+        texts(engine)
 
 
 @pytest.mark.parametrize("error", ["ConnectError", "ConnectTimeout"])

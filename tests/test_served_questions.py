@@ -117,6 +117,16 @@ def test_images_of_their_own_wait_for_nobody_and_each_is_encoded_once(load, imag
     ]
 
 
+def test_no_question_is_no_answer_and_no_request(load, image):
+    with FaultServer() as server:
+        engine = load(server)
+        before = len(server.requests)
+        # Not even an image's time is up.
+        engine.deadline = 0.0
+        assert engine._backend.ask([]) == []
+        assert len(server.requests) == before
+
+
 def test_several_images_are_shown_in_their_order(load, image):
     other = image[::-1].copy()
     with FaultServer() as server:

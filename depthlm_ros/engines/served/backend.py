@@ -49,7 +49,12 @@ class ServedBackend:
         self._image = image
         self._system = system
         self._prefix_first = prefix_first
-        self._threads = concurrent.futures.ThreadPoolExecutor(concurrency, thread_name_prefix="served")
+        # Each its own: those that wait for a name server, which nothing can break off, are missed by no other.
+        self._threads = {
+            server: concurrent.futures.ThreadPoolExecutor(concurrency, thread_name_prefix="served")
+            for server in servers.all
+        }
+        self._closed = False
 
     @property
     def complaints(self) -> tuple[str, ...]:
@@ -75,14 +80,32 @@ class ServedBackend:
         """Answers all of them, in their order, greedily; as `worded.Backend.ask`.
 
         Raises:
-            EngineError: no server could answer in time.
+            EngineError: no server could answer in time, or the engine was closed.
             ImageError: an image is too large to be sent.
         """
+        try:
+            return self._ask(asks)
+        except Exception as error:
+            if not self._closed:
+                raise
+            # Whatever became of what was under way.
+            raise EngineError("the engine was closed while it was asked") from error
+
+    def close(self) -> None:
+        """Gives back connections and threads."""
+        self._closed = True
+        self._servers.close()
+        for threads in self._threads.values():
+            threads.shutdown(wait=False, cancel_futures=True)
+
+    def _ask(self, asks: Sequence[Ask]) -> list[Reply]:
         replies: list[Reply | None] = [None] * len(asks)
         shown = pictures_of([ask.images for ask in asks], self._image)
         tried: dict[Server, str] = {}
         deadline = self.deadline
         while None in replies:
+            if self._closed:
+                raise EngineError("the engine is closed")
             if deadline is not None and time.monotonic() >= deadline:
                 reasons = [f"{server.name} {reason}" for server, reason in tried.items()]
                 raise EngineError(f"the frame became too old: {'; '.join(reasons) or 'it came too late'}")
@@ -90,18 +113,13 @@ class ServedBackend:
             tried[server] = ""
             left = [at for at, reply in enumerate(replies) if reply is None]
             first = self._in_order([Question(at, shown[at], asks[at]) for at in left])
-            limits = Limits(self._threads, self._system, self._timeout_s, deadline)
+            limits = Limits(self._threads[server], self._system, self._timeout_s, deadline)
             try:
                 Frame(server, limits, replies, first, self._servers.others(server, tried)).run()
             except Over as error:
                 tried[server] = str(error)
                 self._servers.fail(server, str(error), error.pause_s)
         return [reply for reply in replies if reply is not None]
-
-    def close(self) -> None:
-        """Gives back connections and threads."""
-        self._servers.close()
-        self._threads.shutdown(wait=False, cancel_futures=True)
 
     def _in_order(self, questions: Sequence[Question]) -> list[Question]:
         """The questions to begin with; the others follow them."""
