@@ -40,7 +40,9 @@ def test_the_node_takes_the_parameters(board: str) -> None:
         assert worded.server_urls.startswith("http://127.0.0.1:") and worded.server_dialect == "edge-llm"
         # The command that is shown serves there, on this machine only, and takes the images whole.
         assert "--host 127.0.0.1 --port 8000" in path.read_text()
-        assert f"--max-batch-size {worded.server_concurrency} " in path.read_text()
+        assert f"--max-batch-size {worded.server_concurrency} --enable-in-flight-batching" in path.read_text()
+        # A guided request founds a batch of its own, which no other joins.
+        assert not worded.guided
 
 
 @pytest.mark.parametrize("board", BOARDS)
