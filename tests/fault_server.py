@@ -215,10 +215,11 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         side = self.server_side
         raw = self.rfile.read(int(self.headers["Content-Length"]))
+        with side.lock:
+            side.posts += 1
         if not self._may_enter():
             return
         with side.lock:
-            side.posts += 1
             side.under_way += 1
             side.busiest = max(side.busiest, side.under_way)
             full = side.most is not None and side.under_way > side.most
