@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import os
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import weakref
 from pathlib import Path
 from types import ModuleType
 
@@ -241,6 +243,12 @@ def test_whatever_ends_the_node_at_once_ends_the_program_first(module):
     assert ends and all(lines[i - 1] == "end_all()" for i in ends)
 
 
+def test_nothing_asked_is_no_run(export, tmp_path, monkeypatch):
+    program = use(monkeypatch, llm_inference(tmp_path / "llm_inference"))
+    assert load(export).answer_shared(image(1), [], 16) == []
+    assert not program.with_suffix(".log").exists()
+
+
 def test_a_full_disk_is_an_error_of_the_engine(export, tmp_path, monkeypatch):
     use(monkeypatch, llm_inference(tmp_path / "llm_inference"))
     engine = load(export)
@@ -320,7 +328,17 @@ def test_engines_of_another_board_are_refused(export, tmp_path, monkeypatch):
     same = {"board": here.board, "l4t": "39.2.0", "tensorrt": "10.16.2.10-1+cuda13.2"}
     built.write_text(json.dumps(same))
     load(export)
-    for name, value in (("board", "NVIDIA Jetson Orin Nano"), ("l4t", "38.4.0"), ("tensorrt", "10.13.3.9-1")):
+    built.write_text(json.dumps({**same, "tensorrt": "10.16.2"}))
+    load(export)
+    others = (
+        ("board", "NVIDIA Jetson Orin Nano"),
+        ("board", "NVIDIA Jetson AGX"),
+        ("l4t", "38.4.0"),
+        ("l4t", "39.2"),
+        ("tensorrt", "10.13.3.9-1"),
+        ("tensorrt", "10.16.2.1"),
+    )
+    for name, value in others:
         built.write_text(json.dumps({**same, name: value}))
         with pytest.raises(ModelError, match=f"built with {name} {value}"):
             load(export)
@@ -370,3 +388,27 @@ def test_a_runtime_that_does_not_fit_leaves_it_to_the_program_and_says_why(expor
     del lacking.GuideType
     _install(monkeypatch, lambda: lacking)
     assert "lacks GuideType" in load(export).info.reasons[1]
+
+
+def test_a_runtime_that_failed_is_let_go(export, tmp_path, monkeypatch):
+    program = use(monkeypatch, llm_inference(tmp_path / "llm_inference"))
+    module, made = bindings(), []
+
+    class OutOfMemory(Runtime):
+        def __init__(self, *arguments):
+            super().__init__(module, *arguments)
+            made.append(weakref.ref(self))
+
+        def capture_decoding_cuda_graph(self):
+            raise RuntimeError("CUDA out of memory")
+
+    module.LLMRuntime = OutOfMemory
+    _install(monkeypatch, lambda: module)
+    from depthlm_ros.engines import edge_llm_engine
+
+    alive = []
+    find = edge_llm_engine.find_program
+    monkeypatch.setattr(edge_llm_engine, "find_program", lambda: (gc.collect(), alive.append(made[0]()), find())[2])
+    assert "out of memory" in load(export).info.reasons[1]
+    # The program needs the memory that it held.
+    assert alive == [None] and program.is_file()

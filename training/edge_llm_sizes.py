@@ -1,7 +1,7 @@
 """How large the questions about a camera's images are, and what TensorRT Edge-LLM's builders must be told for them.
 
-The builders' defaults don't fit: at most 512 tokens an image, above which the runtime shrinks an image without a word
-and with it the focal length that the model relies on.
+The builders' defaults don't fit: at most 512 tokens an image. A larger one is refused, or shrunk without a word where
+that isn't forbidden, and with it the focal length that the model relies on.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -135,8 +136,13 @@ def check_place(engines: Path) -> None:
     told = _config(path, builder=False)
     for name in ("board", "l4t", "tensorrt"):
         there, now = str(told.get(name) or ""), here.get(name, "")
-        # A TensorRT of pip and one of apt spell the same version otherwise: 10.16.2.10 and 10.16.2.10-1+cuda13.2.
-        if there and now and not (there.startswith(now) or now.startswith(there)):
+        same = there == now
+        if name == "tensorrt":
+            # One of pip and one of apt spell the same version otherwise: 10.16.2.10 and 10.16.2.10-1+cuda13.2. What
+            # one leaves out at the end doesn't count.
+            numbers = zip(*(re.split(r"[-+]", version)[0].split(".") for version in (there, now)), strict=False)
+            same = all(one == other for one, other in numbers)
+        if there and now and not same:
             raise ModelError(f"{engines} was built with {name} {there}, this machine has {now}; {_BUILD}")
 
 
@@ -150,7 +156,8 @@ def _backend(
     engines: Path, manifest: Manifest, limits: Limits, system: str | None, options: EngineOptions
 ) -> tuple[Backend, str, tuple[str, ...]]:
     """The first way that works, its version, and why not the others."""
-    refused: list[Exception] = []
+    # Without the exceptions themselves: their frames hold a runtime that failed, and with it the device's memory.
+    refused: list[tuple[type[Exception], str]] = []
     ways: tuple[Callable[[], tuple[Backend, str, str]], ...] = (
         lambda: _native(engines, manifest, limits, system, options),
         lambda: _command(engines, limits, system, options),
@@ -159,11 +166,12 @@ def _backend(
         try:
             backend, version, reason = way()
         except (MissingDependencyError, EngineError) as error:
-            refused.append(error)
+            refused.append((type(error), str(error)))
             continue
-        return backend, version, (reason, *(str(error).splitlines()[0] for error in refused))
-    told = "; ".join(str(error) for error in refused)
-    kind = MissingDependencyError if all(isinstance(e, MissingDependencyError) for e in refused) else EngineError
+        return backend, version, (reason, *(text.splitlines()[0] for _, text in refused))
+    told = "; ".join(text for _, text in refused)
+    missing = all(issubclass(kind, MissingDependencyError) for kind, _ in refused)
+    kind = MissingDependencyError if missing else EngineError
     raise kind(
         f"TensorRT Edge-LLM can't be used: {told}. Or serve the checkpoint (tensorrt-edgellm-serve CHECKPOINT --host "
         "127.0.0.1) and use engine openai"
