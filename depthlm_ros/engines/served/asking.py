@@ -91,7 +91,7 @@ def put(
         system: text of the system message; None for none.
         question: what is asked.
         limit: latest end, in seconds of `time.monotonic`.
-        cuts: the client's, from when the frame began.
+        cuts: the client's, from when the frame put the question.
 
     Returns:
         The answer and why it ended.

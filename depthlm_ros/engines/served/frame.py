@@ -74,8 +74,6 @@ class Frame:
         self._server = server
         # One and the same for the frame: the watching of a server may find another one behind its URL.
         self._peer = server.require_peer()
-        # What is put after the frame was broken off, by a thread that was late, isn't sent.
-        self._cuts = server.client.cuts
         self._limits = limits
         self._replies = replies
         self._ready = deque(first)
@@ -124,8 +122,10 @@ class Frame:
             question.tries += 1
             limit = self._limits.of(question)
             self._server.sent()
+            client = self._server.client
+            # A thread that gets to it after the frame was broken off doesn't send it.
             future = self._limits.threads.submit(
-                put, self._server.client, self._peer, self._limits.system, question, limit, self._cuts
+                put, client, self._peer, self._limits.system, question, limit, client.cuts
             )
             self._under_way[future] = question, self._peer, now, limit
             future.add_done_callback(self._done.put)
