@@ -47,7 +47,7 @@ Exporter = Callable[..., Manifest]
 PRECISIONS = {"onnx": "float32", "edge-llm": "float16", "tensorrt-llm": "bfloat16"}
 """What each target computes in when nobody says otherwise."""
 # Questions in words about a frame, of which those are kept whose answers don't hang on rounding: in bfloat16 one of
-# twenty answers of the demo is another one, in float16 one of sixty.
+# ten answers of the demo is another one, in float16 one of fifty.
 ASKED_POINTS = 48
 FEWER_BITS = ("float16", "bfloat16")
 

@@ -29,6 +29,7 @@ from safetensors.torch import save_file
 from depthlm_ros.cards import CARD_FILE
 from depthlm_ros.engines.base import ImageGrid
 from depthlm_ros.engines.checkpoint import HEAD_PREFIX, SMALL_FILES, Checkpoint
+from depthlm_ros.engines.tensorrt_llm_formats import read_json
 from depthlm_ros.errors import ModelError
 from depthlm_ros.manifest import ENGINE_FILE
 
@@ -122,7 +123,7 @@ def write_small_files(checkpoint: Checkpoint, out: Path, precision: str, grid: I
                 shutil.copyfile(path, out / path.name)
     config, notes = published_config(checkpoint.config, precision)
     _write(out / "config.json", config)
-    _write(out / "tokenizer_config.json", _tokenizer(_read(folder / "tokenizer_config.json")))
+    _write(out / "tokenizer_config.json", _tokenizer(read_json(folder / "tokenizer_config.json")))
     _write_processor(folder, out, checkpoint.architecture, grid)
     left = sorted(path.name for path in folder.iterdir() if path.suffix in (".py", ".bin", ".pt", ".pth"))
     return [*notes, *([f"left behind: {', '.join(left)} (code and pickled weights)"] if left else [])]
@@ -284,8 +285,8 @@ def _tokenizer(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _write_processor(folder: Path, out: Path, architecture: str, grid: ImageGrid) -> None:
-    whole = _read(folder / "processor_config.json")
-    settings = _read(folder / "preprocessor_config.json") or whole.get("image_processor")
+    whole = read_json(folder / "processor_config.json")
+    settings = read_json(folder / "preprocessor_config.json") or whole.get("image_processor")
     if not settings:
         raise ModelError(f"{folder} has no preprocessor_config.json; copy it from the model that it was trained from")
     settings = {key: value for key, value in settings.items() if key != "auto_map"}
@@ -301,16 +302,6 @@ def _write_processor(folder: Path, out: Path, architecture: str, grid: ImageGrid
     video = whole.get("video_processor")
     if isinstance(video, dict) and not (out / "video_preprocessor_config.json").exists():
         _write(out / "video_preprocessor_config.json", video)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{path} is not valid JSON ({error}); copy it again") from error
-    return data if isinstance(data, dict) else {}
 
 
 def _write(path: Path, value: Mapping[str, Any]) -> None:

@@ -150,7 +150,7 @@ def stored_format(folder: Path) -> str:
     Raises:
         ModelError: a format that TensorRT-LLM isn't known to load, or a damaged file.
     """
-    told = _read(folder / "hf_quant_config.json").get("quantization") or _read(folder / "config.json").get(
+    told = read_json(folder / "hf_quant_config.json").get("quantization") or read_json(folder / "config.json").get(
         "quantization_config"
     )
     if not told:
@@ -166,7 +166,12 @@ def stored_format(folder: Path) -> str:
     )
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON mapping; empty where the file is absent or holds something else.
+
+    Raises:
+        ModelError: it isn't JSON.
+    """
     if not path.is_file():
         return {}
     try:
