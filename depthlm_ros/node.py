@@ -29,7 +29,6 @@ from diagnostic_msgs.msg import DiagnosticArray
 from rcl_interfaces.msg import SetParametersResult
 from rclpy.clock import Clock, ClockType
 from rclpy.event_handler import PublisherEventCallbacks, SubscriptionEventCallbacks
-from rclpy.executors import ExternalShutdownException
 from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
 from rclpy.parameter import Parameter
 from rclpy.qos import QoSProfile
@@ -470,24 +469,24 @@ def main(args: list[str] | None = None, load: EstimatorFactory = load_estimator)
     node = None
     status = 0
     try:
-        try:
-            if not _init_ros(args):
-                status = 1
-            else:
-                node = DepthNode(load)
-                if node.parameters.autostart and not node.start():
-                    status = 1
-                else:
-                    rclpy.spin(node)
-        except ConfigError as error:
-            print(f"depth_node: {error}", file=sys.stderr)
+        if not _init_ros(args):
             status = 1
-        except ExternalShutdownException:
-            pass
-        except RuntimeError:
-            # A signal while rclpy makes the node or prepares to wait is told as a context that isn't valid.
-            if rclpy.ok():
-                raise
+        else:
+            try:
+                node = DepthNode(load)
+                if not node.parameters.autostart or node.start():
+                    rclpy.spin(node)
+                else:
+                    # A signal while the node starts ends what it was starting: no fault of the node.
+                    status = 1 if rclpy.ok() else 0
+            except ConfigError as error:
+                print(f"depth_node: {error}", file=sys.stderr)
+                status = 1
+            except Exception:
+                # A signal ends rclpy's context first, and then whatever rclpy is about fails in a way of its own: as
+                # RCLError, InvalidHandle, ExternalShutdownException, NotInitializedException or ValueError.
+                if rclpy.ok():
+                    raise
         interrupt.ignore()
     except KeyboardInterrupt:
         interrupt.ignore()

@@ -366,6 +366,53 @@ sys.exit(status)
 """
 
 
+@pytest.mark.parametrize(("autostart", "stride"), [("false", 41), ("true", 211)])
+def test_a_context_that_ends_anywhere_while_the_node_is_made_or_started_is_no_fault(ros_domain, autostart, stride):
+    # What a signal does first; Python's interrupt may come much later, or to a thread that computes.
+    process = NodeProcess([sys.executable, "-c", ENDED_CONTEXT_NODE, autostart, str(stride)])
+    assert process.process.wait(PATIENCE_S) == 0, process.log
+    process.reader.join(PATIENCE_S)
+    assert int(re.search(r"rounds: (\d+)", process.log)[1]) > 20 and "Traceback" not in process.log
+
+
+ENDED_CONTEXT_NODE = """
+import itertools, os, sys
+import rclpy
+from depthlm_ros import node
+from depthlm_ros.cards import models_dir
+
+calls, end_at = 0, 0
+
+def count(frame, event, argument):
+    global calls
+    if event == "call" and os.sep + "rclpy" + os.sep in frame.f_code.co_filename:
+        calls += 1
+        if calls == end_at:
+            sys.setprofile(None)
+            rclpy.shutdown()
+
+def started(load):
+    sys.setprofile(count)
+    return made(load)
+
+def reached(node):
+    sys.setprofile(None)
+    rclpy.shutdown()
+
+made, node.DepthNode = node.DepthNode, started
+node.rclpy.spin = reached
+for rounds in itertools.count(1):
+    end_at, calls = 1 + (rounds - 1) * int(sys.argv[2]), 0
+    status = node.main(["--ros-args", "-p", f"autostart:={sys.argv[1]}", "-p", f"model:={models_dir() / 'demo'}"])
+    sys.setprofile(None)
+    assert status == 0, (status, end_at)
+    if calls < end_at:
+        break
+print("rounds:", rounds, flush=True)
+os._exit(0)
+"""
+
+
 @pytest.mark.parametrize("how", ["swallowed once", "always swallowed", "a library computes"])
 def test_ctrl_c_that_a_library_swallows_while_the_model_loads_can_be_repeated(ros_domain, how):
     process = NodeProcess([sys.executable, "-c", SWALLOWING_NODE, how])
