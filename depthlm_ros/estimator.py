@@ -7,14 +7,9 @@ points = camera.unproject(result.pixels, result.depth_m)
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple
 
 import numpy as np
 
@@ -23,36 +18,22 @@ from depthlm_ros.camera import Camera, UnifiedView, unify
 from depthlm_ros.cards import ModelCard, load_card
 from depthlm_ros.config import POINTS_IN_WORDS
 from depthlm_ros.depth import DEPTH_KINDS, DepthResult, ZDepth
+from depthlm_ros.dialects import Clock, PixelQuestions, Progress, marker_places
 from depthlm_ros.engines import load_engine
-from depthlm_ros.engines.base import Answer, Engine, EngineInfo
+from depthlm_ros.engines.base import Engine, EngineInfo
 from depthlm_ros.engines.options import EngineOptions
 from depthlm_ros.errors import ConfigError, DialectError, PixelError, unknown_choice
-from depthlm_ros.expectation import Expected, check_distribution
+from depthlm_ros.expectation import check_distribution
 from depthlm_ros.guesses import LastAnswers
-from depthlm_ros.map_reading import MapReader, map_reader
-from depthlm_ros.markers import MARGIN_PX, arrow_patch, drawable
-from depthlm_ros.prompts import (
-    LONGEST_NUMBER,
-    compact_questions,
-    coordinates_question,
-    dense_question,
-    marker_question,
-    normalise_pixel,
-    parse_compact_points,
-    parse_depths,
-)
-from depthlm_ros.proof import Proof, prove, prove_each
+from depthlm_ros.markers import drawable
+from depthlm_ros.proof import Proof, load_proved
 from depthlm_ros.published import readout_pixels
 from depthlm_ros.remember import remember
 from depthlm_ros.sampling import sample_pixels, stride_pixels
 from depthlm_ros.unify import undistorted_pixels
 
-# Questions handed to the engine at once, so that progress shows and marked images don't fill the memory.
-_CHUNK = 256
 READOUTS = ("exact", "published")
 UNDRAWABLE = ("report", "shift")
-
-Progress = Callable[[int], None]
 
 
 class Estimator:
@@ -147,25 +128,10 @@ class Estimator:
                 made.close()
                 raise
 
-        def proved(options: EngineOptions) -> Estimator:
-            estimator = loaded(options)
-            try:
-                estimator.proof = prove(estimator, Path(source), reference, accept_unproven, options.variant())
-            except BaseException:
-                estimator.close()
-                raise
-            return estimator
-
-        if not check_parity:
-            estimator = loaded(options)
-        elif engine == "openai" and len(options.server_urls) > 1:
-            proof = prove_each(options.server_urls, lambda url: proved(options.only(url)))
-            estimator = loaded(options)
-            estimator.proof = proof
-            if proof.absent and not accept_unproven:
-                estimator.engine.leave_out(proof.absent)
+        if check_parity:
+            estimator = load_proved(loaded, Path(source), engine, options, reference, accept_unproven)
         else:
-            estimator = proved(options)
+            estimator = loaded(options)
         compared = estimator.proof.dialects
         if compared is not None and not accept_unproven:
             spoken = tuple(name for name in estimator.card.dialects if name in compared)
@@ -290,7 +256,7 @@ class Estimator:
             pixels = stride_pixels(camera.width, camera.height, 1) if whole else sample_pixels(
                 camera.width, camera.height, POINTS_IN_WORDS)  # fmt: skip
         pixels = _checked_pixels(pixels, camera)
-        clock = _Clock()
+        clock = Clock()
         if view is None:
             with clock("unify"):
                 view = self.prepare(image, camera)
@@ -299,18 +265,21 @@ class Estimator:
             asked = view.inside(at)
             shifted = np.zeros(len(pixels), bool)
             if dialect == "marker":
-                at, asked, shifted = _marker_places(view, at, asked, undrawable)
-        options = {"distribution": True} if distribution else {}
-        ask = {
-            "dense": self._dense,
-            "coordinates": partial(self._coordinates, options=options),
-            "marker": partial(self._marker, options=options),
-            "compact": partial(self._compact, each=points_per_question, options=options),
-        }[dialect]
-        if readout == "published":
-            on_map = readout_pixels(undistorted_pixels(camera, pixels), camera, self.card.focal_px)
-            ask = partial(self._dense, on_map=on_map)
-        metres, confidence, asked, answers, expected = ask(view, at, asked, clock, progress or _no_progress)
+                at, asked, shifted = marker_places(view, at, asked, undrawable)
+        questions = PixelQuestions(
+            self.engine, self.card, self._last_answers, view, at, asked, clock, progress or _no_progress
+        )
+        if dialect == "dense":
+            on_map = None
+            if readout == "published":
+                on_map = readout_pixels(undistorted_pixels(camera, pixels), camera, self.card.focal_px)
+            said = questions.dense(on_map)
+        elif dialect == "coordinates":
+            said = questions.coordinates(distribution)
+        elif dialect == "marker":
+            said = questions.marker(distribution)
+        else:
+            said = questions.compact(points_per_question, distribution)
         with clock("geometry"):
             kind = DEPTH_KINDS[self.card.depth_kind]
             rays = None if kind is ZDepth else _rays(camera, view, pixels, at, shifted)
@@ -318,22 +287,23 @@ class Estimator:
             def to_z(values: np.ndarray) -> np.ndarray:
                 return kind(values).to_z(rays).metres
 
-            depth_m = to_z(metres if expected is None else expected.depth(metres, depth_value))
-            good = np.isfinite(depth_m) & asked
-            confidence = confidence if expected is None else expected.near[depth_value]
-            said = Kind(self.card.name, dialect, depth_value, distribution)
-            if self.calibration is not None and self.calibration.fits(said):
+            expected = said.expected
+            depth_m = to_z(said.metres if expected is None else expected.depth(said.metres, depth_value))
+            good = np.isfinite(depth_m) & said.asked
+            confidence = said.confidence if expected is None else expected.near[depth_value]
+            stated = Kind(self.card.name, dialect, depth_value, distribution)
+            if self.calibration is not None and self.calibration.fits(stated):
                 confidence = self.calibration.apply(confidence)
         return DepthResult(
             pixels=pixels,
             depth_m=np.where(good, depth_m, np.nan).astype(np.float32),
             confidence=np.where(good, confidence, 0).astype(np.float32),
-            asked=asked,
+            asked=said.asked,
             dialect=dialect,
-            answers=answers,
+            answers=said.texts,
             timing_s=clock.seconds,
             shifted=shifted,
-            **({} if expected is None else expected.fields(metres, to_z, good)),
+            **({} if expected is None else expected.fields(said.metres, to_z, good)),
         )
 
     def askable(
@@ -374,178 +344,6 @@ class Estimator:
                 f"readout 'published' is DepthVLM's, of its own preprocessing; this is system {seen[0]!r} with policy "
                 f"{seen[1]!r} in dialect {seen[2]!r}. Use readout 'exact'"
             )
-
-    def _dense(
-        self,
-        view: UnifiedView,
-        at: np.ndarray,
-        asked: np.ndarray,
-        clock: _Clock,
-        progress: Progress,
-        on_map: np.ndarray | None = None,
-    ):
-        with clock("model"):
-            depth = self.engine.depth_map(view.image, dense_question())
-        with clock("geometry"):
-            map_size = depth.shape[1], depth.shape[0]
-            if on_map is None:
-                # A `published` view isn't of a size that the processor keeps; the map then has the processor's size.
-                reader = map_reader(at, (view.camera.width, view.camera.height), map_size)
-            else:
-                reader = MapReader(on_map, *map_size)
-                asked = asked & ((on_map >= 0) & (on_map < map_size)).all(axis=1)
-            metres, spread = reader.read_with_spread(depth)
-            confidence = 1 - spread
-        progress(len(at))
-        return _Said(metres, confidence, asked, ())
-
-    def _coordinates(
-        self, view: UnifiedView, at: np.ndarray, asked: np.ndarray, clock: _Clock, progress: Progress, options: dict
-    ) -> _Said:
-        with clock("prompt"):
-            view_size = view.camera.width, view.camera.height
-            rows, questions = _coordinates_questions(at, asked, view_size, self.card.coordinate_range)
-        with clock("model"):
-            # The whole frame in one call: the image is encoded and its prefix prefilled once.
-            options = {"expects": self.card.answer_template("coordinates"), **options}
-            answers = self._ask(view, questions, self.card.max_new_tokens, options)
-        progress(len(at))
-        return self._read(answers, rows, asked, "distribution" in options)
-
-    def _ask(self, view: UnifiedView, questions: Sequence[str], budget: int, options: dict) -> list[Answer]:
-        if not questions:
-            return []
-        guesses = self._last_answers.guesses(questions)
-        if guesses is not None:
-            options = {**options, "guesses": guesses}
-        answers = self.engine.answer_shared(view.image, questions, budget, **options)
-        self._last_answers.remember(questions, answers)
-        return answers
-
-    def _marker(
-        self, view: UnifiedView, at: np.ndarray, asked: np.ndarray, clock: _Clock, progress: Progress, options: dict
-    ) -> _Said:
-        rows = np.flatnonzero(asked)
-        answers: list[Answer] = []
-        for start in range(0, len(rows), _CHUNK):
-            some = rows[start : start + _CHUNK]
-            with clock("marker"):
-                blocks = [arrow_patch(view.image, (u, v)) for u, v in at[some].astype(int).tolist()]
-            with clock("model"):
-                questions = [marker_question()] * len(blocks)
-                options = {"expects": self.card.answer_template("marker"), **options}
-                answers += self.engine.answer_marked(
-                    view.image, blocks, questions, self.card.max_new_tokens, **options
-                )
-            progress(len(some))
-        return self._read(answers, rows, asked, "distribution" in options)
-
-    def _compact(
-        self,
-        view: UnifiedView,
-        at: np.ndarray,
-        asked: np.ndarray,
-        clock: _Clock,
-        progress: Progress,
-        each: int,
-        options: dict,
-    ) -> _Said:
-        with clock("prompt"):
-            view_size = view.camera.width, view.camera.height
-            rows, questions = _compact_questions(at, asked, view_size, self.card.compact_range, each)
-        budget = max(self.card.max_new_tokens, each * LONGEST_NUMBER)
-        with clock("model"):
-            options = {"expects": self.card.answer_template("compact", each), **options}
-            answers = self._ask(view, questions, budget, options)
-        progress(len(at))
-        metres = np.full(len(asked), np.nan, np.float32)
-        confidence = np.zeros(len(asked), np.float32)
-        texts = [""] * len(asked)
-        for start, answer in zip(range(0, len(rows), each), answers, strict=True):
-            some = rows[start : start + each]
-            depths = parse_compact_points(answer.text, len(some))
-            if depths is not None:
-                metres[some], confidence[some] = depths, answer.confidences or answer.confidence
-            for row in some:
-                texts[row] = answer.text
-        # With several points an answer there is no distribution: check_distribution.
-        expected = Expected.of(answers, rows, len(asked)) if "distribution" in options else None
-        return _Said(metres, confidence, asked, tuple(texts), expected)
-
-    @staticmethod
-    def _read(answers: list[Answer], rows: np.ndarray, asked: np.ndarray, distribution: bool) -> _Said:
-        metres = np.full(len(asked), np.nan, np.float32)
-        confidence = np.zeros(len(asked), np.float32)
-        texts = [""] * len(asked)
-        metres[rows] = parse_depths(answer.text for answer in answers)
-        confidence[rows] = [answer.confidence for answer in answers]
-        for row, answer in zip(rows.tolist(), answers, strict=True):
-            texts[row] = answer.text
-        expected = Expected.of(answers, rows, len(asked)) if distribution else None
-        return _Said(metres, confidence, asked, tuple(texts), expected)
-
-
-class _Said(NamedTuple):
-    """Answers about pixels: (N,) metres of the model's kind, (N,) confidence, (N,) asked, texts, distributions."""
-
-    metres: np.ndarray
-    confidence: np.ndarray
-    asked: np.ndarray
-    texts: tuple[str, ...]
-    expected: Expected | None = None
-
-
-class _Clock:
-    """Adds up the seconds of each stage."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
-
-
-def _marker_places(
-    view: UnifiedView, at: np.ndarray, asked: np.ndarray, undrawable: str
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Whole view pixels to be marked, which of them can be, and which aren't the asked ones."""
-    width, height = view.camera.width, view.camera.height
-    # The exact policy gives sub-pixel places; an arrow points at whole pixels.
-    whole = np.rint(at)
-    shifted = np.zeros(len(at), bool)
-    if undrawable == "shift":
-        within = np.clip(whole, MARGIN_PX, (width - MARGIN_PX - 1, height - MARGIN_PX - 1))
-        # A pixel of the last column may land just off the view; what lands farther off isn't near its border.
-        shifted = (within != whole).any(axis=1) & (np.abs(within - whole) <= MARGIN_PX + 1).all(axis=1)
-        shifted &= drawable(within, width, height)
-        whole = np.where(shifted[:, None], within, whole)
-    return whole, (asked | shifted) & drawable(whole, width, height), shifted
-
-
-@remember(4)
-def _coordinates_questions(
-    at: np.ndarray, asked: np.ndarray, view_size: tuple[int, int], steps: int
-) -> tuple[np.ndarray, tuple[str, ...]]:
-    """The rows that are asked, and a question about each."""
-    rows = np.flatnonzero(asked)
-    said = normalise_pixel(at[rows], *view_size, steps)
-    return rows, tuple(coordinates_question(nx, ny, steps) for nx, ny in said.tolist())
-
-
-@remember(4)
-def _compact_questions(
-    at: np.ndarray, asked: np.ndarray, view_size: tuple[int, int], steps: int, each: int
-) -> tuple[np.ndarray, tuple[str, ...]]:
-    """The rows that are asked, and the questions about `each` of them."""
-    rows = np.flatnonzero(asked)
-    said = normalise_pixel(at[rows], *view_size, steps)
-    return rows, tuple(compact_questions(said.tolist(), each, steps))
-
 
 @remember(4)
 def _pixel_rays(camera: Camera, pixels: np.ndarray) -> np.ndarray:

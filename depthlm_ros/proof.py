@@ -20,6 +20,7 @@ from depthlm_ros.manifest import REFERENCE_FOLDER, Manifest, check_built, check_
 from depthlm_ros.parity_records import ParityRecord, add_record, known_record
 
 if TYPE_CHECKING:
+    from depthlm_ros.engines.options import EngineOptions
     from depthlm_ros.estimator import Estimator
 
 _LOG = logging.getLogger(__name__)
@@ -42,6 +43,51 @@ class Proof:
     dialects: tuple[str, ...] | None = None
     accepted: bool = False
     absent: tuple[str, ...] = ()
+
+
+def load_proved(
+    load: Callable[[EngineOptions], Estimator],
+    source: Path,
+    engine: str,
+    options: EngineOptions,
+    reference: str | Path | None,
+    accept_unproven: bool,
+) -> Estimator:
+    """Loads an estimator whose engine, or each of whose servers, answers as its reference does.
+
+    Args:
+        load: loads one with these options, unproved.
+        source: as in `prove`.
+        engine: name of the engine.
+        options: of the engine.
+        reference: as in `prove`.
+        accept_unproven: as in `prove`.
+
+    Returns:
+        The estimator with its `proof`; servers that couldn't be compared are left out, unless `accept_unproven`.
+
+    Raises:
+        ParityError, ModelError, ConfigError: as `prove`.
+        EngineError: as `prove_each`.
+    """
+
+    def proved(options: EngineOptions) -> Estimator:
+        estimator = load(options)
+        try:
+            estimator.proof = prove(estimator, source, reference, accept_unproven, options.variant())
+        except BaseException:
+            estimator.close()
+            raise
+        return estimator
+
+    if engine != "openai" or len(options.server_urls) < 2:
+        return proved(options)
+    proof = prove_each(options.server_urls, lambda url: proved(options.only(url)))
+    estimator = load(options)
+    estimator.proof = proof
+    if proof.absent and not accept_unproven:
+        estimator.engine.leave_out(proof.absent)
+    return estimator
 
 
 def prove(
