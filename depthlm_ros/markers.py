@@ -55,6 +55,19 @@ def arrow_patch(image: np.ndarray, pixel: tuple[int, int]) -> tuple[int, int, np
     return int(top), int(left), block
 
 
+def paste(image: np.ndarray, block: tuple[int, int, np.ndarray]) -> np.ndarray:
+    """A copy of the image with a block in it.
+
+    Args:
+        image: (H, W, 3) uint8 RGB.
+        block: row and column of its upper left corner, and its pixels, as of `arrow_patch`.
+    """
+    top, left, pixels = block
+    drawn = image.copy()
+    drawn[top : top + pixels.shape[0], left : left + pixels.shape[1]] = pixels
+    return drawn
+
+
 def draw_arrow(image: np.ndarray, pixel: tuple[int, int]) -> np.ndarray:
     """Returns a copy of the image with the arrow that points at a pixel.
 

@@ -60,9 +60,8 @@ _LOG_INTERVAL_S = 5.0
 # ... and a complaint about the model, which may last for days.
 _REMINDER_INTERVAL_S = 60.0
 _NUMBER = re.compile(r"\d+(\.\d+)?")
-# Engines that are told their threads in their options, on machines that may have no torch. The others at least make the
-# model's input with it.
-_WITHOUT_TORCH = ("onnxruntime",)
+# Engines on machines that may have no torch; one that computes here is told its threads in its options.
+_WITHOUT_TORCH = ("onnxruntime", "openai", "edge_llm")
 
 EstimatorFactory = Callable[[Parameters], "Estimator"]
 

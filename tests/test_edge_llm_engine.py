@@ -298,7 +298,10 @@ def _install(monkeypatch, load, version="0.11.0"):
     monkeypatch.setitem(sys.modules, "tensorrt_edgellm.runtime", runtime)
     from depthlm_ros.engines import edge_llm_native
 
-    monkeypatch.setattr(edge_llm_native.metadata, "version", lambda name: version)
+    seen = edge_llm_native.metadata.version
+    monkeypatch.setattr(
+        edge_llm_native.metadata, "version", lambda name: version if name == edge_llm_native.PACKAGE else seen(name)
+    )
 
 
 def test_the_runtime_in_process_is_preferred(export, tmp_path, monkeypatch):

@@ -12,11 +12,10 @@ from depthlm_ros.cards import load_card
 from depthlm_ros.depth import EuclideanDistance
 from depthlm_ros.engines import load_engine
 from depthlm_ros.engines.base import Answer, EngineInfo, ImageGrid
-from depthlm_ros.engines.marked import paste
 from depthlm_ros.engines.options import EngineOptions
 from depthlm_ros.errors import CameraError, ConfigError, DialectError, LicenceError, PixelError
 from depthlm_ros.estimator import Estimator
-from depthlm_ros.markers import draw_arrow
+from depthlm_ros.markers import draw_arrow, paste
 from depthlm_ros.prompts import answer_template, answer_text, coordinates_question, normalise_pixel
 
 CAMERA = Camera(fx=150.0, fy=148.0, cx=63.2, cy=47.1, width=128, height=96)

@@ -14,10 +14,10 @@ from depthlm_ros.cards import load_card
 from depthlm_ros.config import Parameters
 from depthlm_ros.engines.base import Answer, EngineInfo, ImageGrid
 from depthlm_ros.engines.digits import NumberDistribution
-from depthlm_ros.engines.marked import paste
 from depthlm_ros.errors import ConfigError, PixelError
 from depthlm_ros.estimator import Estimator
 from depthlm_ros.inference import check_answers
+from depthlm_ros.markers import paste
 from depthlm_ros.prompts import answer_text
 from depthlm_ros.queries import Query, keep_good
 

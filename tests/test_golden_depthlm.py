@@ -17,9 +17,8 @@ from depthlm_ros.benchmark import run_protocol
 from depthlm_ros.camera import Camera, unify
 from depthlm_ros.cards import load_card
 from depthlm_ros.engines.base import Answer, EngineInfo, ImageGrid
-from depthlm_ros.engines.marked import paste
 from depthlm_ros.estimator import Estimator
-from depthlm_ros.markers import draw_arrow, drawable
+from depthlm_ros.markers import draw_arrow, drawable, paste
 
 CASES = json.loads((Path(__file__).parent / "golden" / "depthlm" / "dev.json").read_text())
 

@@ -21,9 +21,9 @@ from depthlm_ros.cards import load_card
 from depthlm_ros.cli import main
 from depthlm_ros.depthvlm_bench import bench_delta1, bench_points, bench_points_per_image, in_range
 from depthlm_ros.engines.base import Answer, EngineInfo, ImageGrid
-from depthlm_ros.engines.marked import paste
 from depthlm_ros.errors import ConfigError, DatasetError
 from depthlm_ros.estimator import Estimator
+from depthlm_ros.markers import paste
 from depthlm_ros.prompts import answer_text
 from depthlm_ros.protocols import dataset_eval, dataset_inference, evaluated_records
 

@@ -11,11 +11,11 @@ from depthlm_ros.engines import vision
 from depthlm_ros.engines.checkpoint import open_checkpoint
 from depthlm_ros.engines.devices import choose_placement
 from depthlm_ros.engines.loading import load_model
-from depthlm_ros.engines.marked import MarkedImages, MarkedInputs, paste
+from depthlm_ros.engines.marked import MarkedImages, MarkedInputs
 from depthlm_ros.engines.processor import ImageInputs, PromptProcessor
 from depthlm_ros.engines.vision import VisionTower
 from depthlm_ros.errors import ImageError
-from depthlm_ros.markers import arrow_patch, draw_arrow
+from depthlm_ros.markers import arrow_patch, draw_arrow, paste
 
 ARCHITECTURES = ["qwen3_vl", "qwen2_5_vl", "llava"]
 # On the processor's grid; Qwen2.5's has windows of 4 x 4 image tokens, so these have whole ones and three kinds of cut.

@@ -23,9 +23,9 @@ from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImag
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from depthlm_ros.bench.subject import Subject
-from depthlm_ros.engines.marked import Block, paste
+from depthlm_ros.engines.marked import Block
 from depthlm_ros.errors import ConfigError, unknown_choice
-from depthlm_ros.markers import MARGIN_PX, arrow_patch
+from depthlm_ros.markers import MARGIN_PX, arrow_patch, paste
 from depthlm_ros.prompts import (
     COMPACT_RANGE,
     compact_question,

@@ -129,7 +129,7 @@ def compare(
     Raises:
         EngineError: the server fails.
     """
-    engine = WordedEngine(served.backend, served.info, served.processor)
+    engine = WordedEngine(served.backend, served.info, served.sizes)
     peer = served.backend.server.require_peer()
     expects = card.answer_template("coordinates")
     guide = guide_regex(expects) if expects and peer.dialect.guide else ""
@@ -158,7 +158,7 @@ def compare(
     try:
         for number in range(rounds + 1):
             for at, (name, run) in enumerate(sides if number % 2 else reversed(sides)):
-                image = served.processor.shown(synthetic_image(*size, seed=2 * number + at))
+                image = served.sizes.shown(synthetic_image(*size, seed=2 * number + at))
                 rate = run(image)
                 if number:
                     rates[name].append(rate)

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 # Oldest versions that the tests have run with.
 REQUIRED = {"torch": "2.11", "transformers": "5.14"}
+# Of engines that only bring images to the size that a model's processor keeps.
+REQUIRED_FOR_SIZES = {"transformers": "4.57"}
 
 
 ENGINES = ("transformers", "onnxruntime", "tensorrt", "tensorrt_llm", "openai", "edge_llm")
@@ -63,7 +65,7 @@ def load_engine(
             plain=plain,
         )
     if engine == "openai":
-        require_versions()
+        require_versions(REQUIRED_FOR_SIZES)
         from depthlm_ros.engines.served.engine import load_served
 
         return load_served(path_or_hub_id, card, options)
@@ -83,6 +85,7 @@ def load_engine(
         from depthlm_ros.engines.tensorrt_engine import load_tensorrt
 
         return load_tensorrt(folder, manifest, options)
+    require_versions(REQUIRED_FOR_SIZES)
     from depthlm_ros.engines.edge_llm_engine import load_edge_llm
 
     return load_edge_llm(folder, card, manifest, options)

@@ -6,15 +6,19 @@ Only safetensors are read: a pickled file can run code while it is loaded.
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 
 from depthlm_ros.errors import ModelError
 from depthlm_ros.weights import ARCHITECTURES, check_weights, folder_config
+
+if TYPE_CHECKING:
+    import torch
 
 HEAD_PREFIX = "depth_head."
 SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.yaml"]
@@ -49,7 +53,7 @@ class Checkpoint:
     @property
     def parameters(self) -> int:
         """Number of stored weights."""
-        return sum(torch.Size(shape).numel() for shape in self.shapes.values())
+        return sum(math.prod(shape) for shape in self.shapes.values())
 
     @property
     def has_dense_head(self) -> bool:
@@ -103,6 +107,38 @@ def open_processor(source: str | Path, revision: str | None = None) -> Checkpoin
     config = folder_config(folder)
     check_architecture(config, str(source))
     return Checkpoint(folder, str(source), config, {}, {})
+
+
+def load_part(factory: type, folder: Path) -> Any:
+    """Makes a tokenizer or an image processor of the files in a folder.
+
+    Args:
+        factory: transformers' class.
+        folder: of the checkpoint.
+
+    Raises:
+        ModelError: the files are missing or damaged.
+    """
+    try:
+        return factory.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"{folder}: {factory.__name__} can't be loaded ({str(error).splitlines()[0]}); copy its files again"
+        ) from error
+
+
+def read_json(path: Path) -> dict:
+    """A small file of a checkpoint; empty where there is none.
+
+    Raises:
+        ModelError: it isn't JSON.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{path} is not valid JSON ({error}); copy it again") from error
 
 
 def check_architecture(config: dict, name: str) -> None:

@@ -20,8 +20,8 @@ from depthlm_ros.engines.checkpoint import open_processor
 from depthlm_ros.engines.edge_llm_cli import CommandBackend, find_program
 from depthlm_ros.engines.edge_llm_native import PACKAGE, NativeBackend, load_bindings
 from depthlm_ros.engines.edge_llm_requests import Limits
+from depthlm_ros.engines.image_sizes import ImageSizes
 from depthlm_ros.engines.options import EngineOptions
-from depthlm_ros.engines.processor import PromptProcessor
 from depthlm_ros.engines.worded import Backend, WordedEngine
 from depthlm_ros.errors import EngineError, MissingDependencyError, ModelError
 from depthlm_ros.machine import this_machine
@@ -54,8 +54,8 @@ def load_edge_llm(folder: Path, card: ModelCard, manifest: Manifest, options: En
     """
     engines = folder / ENGINES
     checkpoint = open_processor(folder)
-    processor = PromptProcessor(checkpoint, card.system_text)
-    limits = read_limits(engines, manifest, processor.patch_px)
+    sizes = ImageSizes(checkpoint)
+    limits = read_limits(engines, manifest, sizes.patch_px)
     check_place(engines)
     backend, version, reasons = _backend(engines, manifest, limits, card.system_text, options)
     machine = this_machine()
@@ -73,7 +73,7 @@ def load_edge_llm(folder: Path, card: ModelCard, manifest: Manifest, options: En
         # Plans of two builds can differ though all versions are the same, so a parity record is of these plans.
         version=f"{version}, plans {plans_digest(engines)}",
     )
-    return WordedEngine(backend, info, processor, guided=options.guided)
+    return WordedEngine(backend, info, sizes, guided=options.guided)
 
 
 def read_limits(engines: Path, manifest: Manifest, patch_px: int) -> Limits:

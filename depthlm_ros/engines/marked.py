@@ -17,6 +17,7 @@ from depthlm_ros.engines.processor import ImageInputs, PromptProcessor
 from depthlm_ros.engines.vision_blocks import attention
 from depthlm_ros.engines.vision_readers import Architecture, Grid
 from depthlm_ros.errors import ImageError
+from depthlm_ros.markers import paste
 
 Block = tuple[int, int, np.ndarray]
 
@@ -132,14 +133,6 @@ class MarkedImages:
             torch.tensor([[own[at] for at in fill] for own, fill in zip(rows, filled, strict=True)]),
             self._processor.patch_values(stacked).unflatten(0, (len(blocks), most)),
         )
-
-
-def paste(image: np.ndarray, block: Block) -> np.ndarray:
-    """A copy of the image with the block in it."""
-    top, left, pixels = block
-    drawn = image.copy()
-    drawn[top : top + pixels.shape[0], left : left + pixels.shape[1]] = pixels
-    return drawn
 
 
 class SharedStart:

@@ -7,29 +7,17 @@ same on every machine), and one placeholder token repeated for each image token.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
 import torch
-from PIL import Image
 from transformers import AutoTokenizer
 
-# Not through AutoImageProcessor: up to transformers 5.14 it can't be had without torchvision.
-try:
-    from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-except ModuleNotFoundError:
-    # TensorRT-LLM's environment has transformers 4.57, where the same classes have other names.
-    from transformers.models.pixtral.image_processing_pixtral import PixtralImageProcessor as PixtralImageProcessorPil
-    from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor as Qwen2VLImageProcessorPil
-
-from depthlm_ros.engines.base import ImageGrid
-from depthlm_ros.engines.checkpoint import Checkpoint
+from depthlm_ros.engines.checkpoint import Checkpoint, load_part, read_json
+from depthlm_ros.engines.image_sizes import ImageSizes, check_image
 from depthlm_ros.errors import EngineError, ImageError, ModelError
 
 PROBE = "how far is (17, 1948)?"
@@ -53,29 +41,26 @@ class ImageInputs:
     count: int
 
 
-class PromptProcessor:
+class PromptProcessor(ImageSizes):
     """Turns images and questions into what one architecture expects.
 
     Attributes:
         tokenizer: the checkpoint's own.
-        grid: image sizes that aren't resampled.
-        patch_px: side of one image token's square in pixels.
-        vision_patch_px: side of one patch of the vision tower.
         image_token_id: the placeholder.
         shortcut: whether images of `grid` are prepared by our own pass, bit for bit as by the checkpoint's processor.
     """
 
     def __init__(self, checkpoint: Checkpoint, system_text: str | None = None) -> None:
+        super().__init__(checkpoint)
         folder, config = checkpoint.folder, checkpoint.config
-        self.tokenizer = _load(AutoTokenizer, folder)
-        pixtral = checkpoint.architecture == "llava"
-        self._image_processor = _load(PixtralImageProcessorPil if pixtral else Qwen2VLImageProcessorPil, folder)
+        self.tokenizer = load_part(AutoTokenizer, folder)
         self._template = _chat_template(folder) or self.tokenizer.chat_template
         self._set_system(system_text)
-        if pixtral:
-            self._read_pixtral(folder, config)
+        if checkpoint.architecture == "llava":
+            self._read_pixtral_tokens(folder)
         else:
-            self._read_qwen(config)
+            self.image_token_id = config["image_token_id"]
+            self._placeholders: Callable = lambda grid_hw: [self.image_token_id] * (grid_hw[0] * grid_hw[1])
         self.image_token = self.tokenizer.convert_ids_to_tokens(self.image_token_id)
         self._check_template(checkpoint.name)
         self.shortcut = False
@@ -93,8 +78,7 @@ class PromptProcessor:
             ImageError: another shape or type, or images of several sizes.
         """
         for image in images:
-            if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-                raise ImageError(f"an image is {image.dtype} of shape {image.shape}; pass (H, W, 3) uint8 RGB")
+            check_image(image)
         if len({image.shape for image in images}) != 1:
             raise ImageError(
                 f"{len(images)} images of sizes {sorted({i.shape[:2] for i in images})}; pass images of one size"
@@ -115,24 +99,6 @@ class PromptProcessor:
             and max(height, width) <= min(grid.max_edge or MOST_EDGE, ASPECT * min(height, width))
         )
 
-    def shown(self, image: np.ndarray) -> np.ndarray:
-        """An (H, W, 3) uint8 RGB image in the size in which the model sees it: itself, or resampled as `images` does.
-
-        For programs of others, whose own processors then find nothing to resample.
-
-        Raises:
-            ImageError: another shape or type, or a size that the checkpoint's processor refuses.
-        """
-        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-            raise ImageError(f"an image is {image.dtype} of shape {image.shape}; pass (H, W, 3) uint8 RGB")
-        if self.keeps(*image.shape[:2]):
-            return image
-        height, width = (side * self.patch_px for side in self._stock([image]).grid_hw)
-        if (height, width) == image.shape[:2]:
-            return image
-        resized = Image.fromarray(image).resize((width, height), Image.Resampling(self._image_processor.resample))
-        return np.asarray(resized)
-
     def patch_row(self, row: int, column: int, width: int) -> int:
         """Place of the vision tower's patch at this row and column among the patches of an image so wide."""
         merge, across = self._merge, width // self.vision_patch_px
@@ -147,15 +113,8 @@ class PromptProcessor:
 
     def _stock(self, images: Sequence[np.ndarray]) -> ImageInputs:
         """What the checkpoint's own processor makes of them."""
-        try:
-            tensors = self._image_processor(images=list(images), return_tensors="pt", input_data_format="channels_last")
-        except ValueError as error:
-            raise ImageError(
-                f"an image of {images[0].shape[1]}x{images[0].shape[0]} pixels can't be prepared: {error}"
-            ) from error
-        names = self._image_processor.model_input_names
-        told = {name: tensors[name] for name in names if name in tensors}
-        return ImageInputs(told, self._tokens_hw(tensors), len(images))
+        tensors, grid_hw = self._prepared(images, "pt")
+        return ImageInputs(tensors, grid_hw, len(images))
 
     def _values_of_bytes(self) -> np.ndarray | None:
         """(3, 256) float32: what the checkpoint's processor makes of each byte of each channel.
@@ -303,24 +262,8 @@ class PromptProcessor:
         if text.index(self.image_token) > text.index(PROBE):
             raise ModelError(f"{name}: the chat template puts the question before the image: {text!r}")
 
-    def _read_qwen(self, config: dict) -> None:
-        processor = self._image_processor
-        merge = processor.merge_size
-        self.patch_px = processor.patch_size * merge
-        self.vision_patch_px, self._merge, self._times = processor.patch_size, merge, processor.temporal_patch_size
-        self.image_token_id = config["image_token_id"]
-        self.grid = ImageGrid(self.patch_px, processor.size["shortest_edge"], processor.size["longest_edge"])
-        self._placeholders: Callable = lambda grid_hw: [self.image_token_id] * (grid_hw[0] * grid_hw[1])
-        self._tokens_hw: Callable = lambda tensors: tuple(int(n) // merge for n in tensors["image_grid_thw"][0][1:])
-
-    def _read_pixtral(self, folder: Path, config: dict) -> None:
-        settings = _json(folder / "processor_config.json")
-        merge = settings.get("spatial_merge_size", config.get("spatial_merge_size", 1))
-        self.vision_patch_px, self._merge, self._times = config["vision_config"].get("patch_size", 16), 1, 1
-        self.patch_px = self.vision_patch_px * merge
-        self._image_processor.patch_size = {"height": self.patch_px, "width": self.patch_px}
-        edge = self._image_processor.size["longest_edge"]
-        self.grid = ImageGrid(self.patch_px, self.patch_px**2, edge**2, max_edge=edge)
+    def _read_pixtral_tokens(self, folder: Path) -> None:
+        settings = read_json(folder / "processor_config.json")
         written = [settings.get(key, default) for key, default in PIXTRAL_TOKENS.items()]
         image, line_break, end = self.tokenizer.convert_tokens_to_ids(written)
         self.image_token_id = image
@@ -330,33 +273,14 @@ class PromptProcessor:
             return rows[:-1] + [end]
 
         self._placeholders = placeholders
-        self._tokens_hw = lambda tensors: tuple(int(n) // self.patch_px for n in tensors["image_sizes"][0])
 
 
 # Defaults of transformers' PixtralProcessor.
 PIXTRAL_TOKENS = {"image_token": "[IMG]", "image_break_token": "[IMG_BREAK]", "image_end_token": "[IMG_END]"}
 
 
-def _load(factory: type, folder: Path) -> Any:
-    try:
-        return factory.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(
-            f"{folder}: {factory.__name__} can't be loaded ({str(error).splitlines()[0]}); copy its files again"
-        ) from error
-
-
 def _chat_template(folder: Path) -> str | None:
     # Older processors keep their template apart from the tokenizer's; it is the one they were trained with.
     if (folder / "chat_template.jinja").is_file():
         return None
-    return _json(folder / "chat_template.json").get("chat_template")
-
-
-def _json(path: Path) -> dict:
-    if not path.is_file():
-        return {}
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{path} is not valid JSON ({error}); copy it again") from error
+    return read_json(folder / "chat_template.json").get("chat_template")

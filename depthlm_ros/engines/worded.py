@@ -18,11 +18,11 @@ import numpy as np
 
 from depthlm_ros.engines.answers import NUMBER, number_confidences
 from depthlm_ros.engines.base import Answer, EngineInfo, ImageGrid
-from depthlm_ros.engines.marked import paste
 from depthlm_ros.errors import ConfigError, DialectError
+from depthlm_ros.markers import paste
 
 if TYPE_CHECKING:
-    from depthlm_ros.engines.processor import PromptProcessor
+    from depthlm_ros.engines.image_sizes import ImageSizes
 
 # What a guided number may look like; the longest that a model was trained to say has six places.
 GUIDED_NUMBER = r"[0-9]{1,5}(\.[0-9]{1,4})?"
@@ -95,14 +95,14 @@ class WordedEngine:
     Args:
         backend: who answers.
         info: what it is; `words` true, `dense` and `distributions` false.
-        processor: of the model, for the sizes that it keeps; its tokenizer isn't needed.
+        sizes: that the model's processor keeps.
         guided: whether answers whose sentence is known are held to it by a guide.
     """
 
-    def __init__(self, backend: Backend, info: EngineInfo, processor: PromptProcessor, guided: bool = True) -> None:
+    def __init__(self, backend: Backend, info: EngineInfo, sizes: ImageSizes, guided: bool = True) -> None:
         self.info = info
-        self.grid: ImageGrid = processor.grid
-        self._processor = processor
+        self.grid: ImageGrid = sizes.grid
+        self._sizes = sizes
         self._backend = backend
         self._guided = guided
 
@@ -210,7 +210,7 @@ class WordedEngine:
                 "false, or take engine transformers"
             )
         # The very same arrays stay the very same: a backend encodes each once.
-        kept = {id(image): self._processor.shown(image) for shown in images for image in shown}
+        kept = {id(image): self._sizes.shown(image) for shown in images for image in shown}
         guide = guide_regex(expects) if expects and self._guided else ""
         asks = [
             Ask(tuple(kept[id(image)] for image in shown), question, max_new_tokens, guide)

@@ -12,8 +12,8 @@ import numpy as np
 
 from depthlm_ros.engines.base import EngineInfo
 from depthlm_ros.engines.checkpoint import Checkpoint, open_processor
+from depthlm_ros.engines.image_sizes import ImageSizes
 from depthlm_ros.engines.options import EngineOptions
-from depthlm_ros.engines.processor import PromptProcessor
 from depthlm_ros.engines.served.address import Address, Key
 from depthlm_ros.engines.served.backend import ServedBackend
 from depthlm_ros.engines.served.client import Client
@@ -38,19 +38,19 @@ class Served:
 
     Attributes:
         backend: asks the servers.
-        processor: of the model, for the sizes of images.
+        sizes: of images, as the model's processor has them.
         info: what was found.
     """
 
     backend: ServedBackend
-    processor: PromptProcessor
+    sizes: ImageSizes
     info: EngineInfo
 
 
 def load_served(source: str | Path, card: ModelCard, options: EngineOptions) -> WordedEngine:
     """Asks the servers who they are and makes an engine of them; arguments and errors as `open_served`."""
     served = open_served(source, card, options)
-    return WordedEngine(served.backend, served.info, served.processor, options.guided)
+    return WordedEngine(served.backend, served.info, served.sizes, options.guided)
 
 
 def open_served(source: str | Path, card: ModelCard, options: EngineOptions) -> Served:
@@ -77,8 +77,8 @@ def open_served(source: str | Path, card: ModelCard, options: EngineOptions) -> 
     for address in addresses:
         key.check(address)
     checkpoint = open_processor(source, card.revision)
-    processor = PromptProcessor(checkpoint, card.system_text)
-    wish = _wish(processor, checkpoint, card, options)
+    sizes = ImageSizes(checkpoint)
+    wish = _wish(sizes, checkpoint, card, options)
     connections = options.server_concurrency + _SPARE_CONNECTIONS
     with contextlib.ExitStack() as undo:
         clients = []
@@ -101,13 +101,13 @@ def open_served(source: str | Path, card: ModelCard, options: EngineOptions) -> 
             card.system_text,
             options.prefix_reuse,
         )
-        served = Served(backend, processor, _describe(servers, checkpoint, options))
+        served = Served(backend, sizes, _describe(servers, checkpoint, options))
         undo.pop_all()
     return served
 
 
-def _wish(processor: PromptProcessor, checkpoint: Checkpoint, card: ModelCard, options: EngineOptions) -> Wish:
-    grey = processor.shown(np.full((_SHOT_PX, _SHOT_PX, 3), 127, np.uint8))
+def _wish(sizes: ImageSizes, checkpoint: Checkpoint, card: ModelCard, options: EngineOptions) -> Wish:
+    grey = sizes.shown(np.full((_SHOT_PX, _SHOT_PX, 3), 127, np.uint8))
     extras: tuple[tuple[str, object], ...] = ()
     # Part of the model: generation without it gives other answers.
     penalty = _generation_config(checkpoint.folder).get("repetition_penalty")
