@@ -37,6 +37,7 @@ from sensor_msgs.msg import CameraInfo
 from depthlm_ros import qos
 from depthlm_ros.camera_input import CameraInput, Pair
 from depthlm_ros.config import NODE_NAME, Parameters
+from depthlm_ros.engines import WITHOUT_TORCH
 from depthlm_ros.engines.edge_llm_command import end_all
 from depthlm_ros.errors import ConfigError, DepthLMError
 from depthlm_ros.frames import DEPTH_TOPICS, Arrival, FramePath
@@ -60,8 +61,6 @@ _LOG_INTERVAL_S = 5.0
 # ... and a complaint about the model, which may last for days.
 _REMINDER_INTERVAL_S = 60.0
 _NUMBER = re.compile(r"\d+(\.\d+)?")
-# Engines on machines that may have no torch; one that computes here is told its threads in its options.
-_WITHOUT_TORCH = ("onnxruntime", "openai", "edge_llm")
 
 EstimatorFactory = Callable[[Parameters], "Estimator"]
 
@@ -74,7 +73,7 @@ def load_estimator(parameters: Parameters) -> Estimator:
     """
     from depthlm_ros.estimator import Estimator
 
-    if parameters.cpu_threads and parameters.engine not in _WITHOUT_TORCH:
+    if parameters.cpu_threads and parameters.engine not in WITHOUT_TORCH:
         # Where torch isn't there, the engine says which package it lacks.
         with contextlib.suppress(ImportError):
             from depthlm_ros.engines.devices import limit_cpu_threads

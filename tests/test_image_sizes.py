@@ -110,3 +110,25 @@ with Estimator.load("demo", engine="openai", options=options, check_parity=False
     result = estimator.estimate(image, camera, pixels, dialect="coordinates")
 print(json.dumps({"answers": result.answers, "depth_m": result.depth_m.tolist()}))
 """
+
+
+@pytest.mark.parametrize("folder", ["qwen3_vl"], indirect=True)
+def test_limits_are_those_of_the_file_where_transformers_forgets_them(folder, monkeypatch):
+    from depthlm_ros.engines import image_sizes
+
+    class Forgetful(image_sizes.Qwen2VLImageProcessorPil):
+        """As in transformers 4.57."""
+
+        @classmethod
+        def from_pretrained(cls, *arguments, **options):
+            made = super().from_pretrained(*arguments, **options)
+            made.min_pixels, made.max_pixels = 56 * 56, 28 * 28 * 1280
+            made.size = {"shortest_edge": made.min_pixels, "longest_edge": made.max_pixels}
+            return made
+
+    right = ImageSizes(open_processor(folder))
+    monkeypatch.setattr(image_sizes, "Qwen2VLImageProcessorPil", Forgetful)
+    sizes = ImageSizes(open_processor(folder))
+    assert sizes.grid == right.grid and sizes.grid.max_pixels != 28 * 28 * 1280
+    for size in SIZES:
+        np.testing.assert_array_equal(sizes.shown(noise(*size)), right.shown(noise(*size)))

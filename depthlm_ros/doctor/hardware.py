@@ -9,6 +9,7 @@ from typing import Any
 
 from depthlm_ros.doctor.page import Finding, fail, note, ok, warn
 from depthlm_ros.doctor.world import CHILD_S, Child, World
+from depthlm_ros.engines import REQUIRED, WITHOUT_TORCH
 from depthlm_ros.machine import ORIN, THOR, Memory, gpu_memory_of, memory_of, power_mode_of
 
 GB = 1e9
@@ -173,11 +174,12 @@ def check_torch(world: World, child: Child, engine: str) -> Iterable[Finding]:
     Args:
         world: the machine.
         child: of `probe_torch`.
-        engine: that shall run. Only onnxruntime does without PyTorch, transformers and tensorrt want it on the GPU.
+        engine: that shall run. Some do without PyTorch, transformers and tensorrt want it on the GPU.
     """
-    serious = note if engine == "onnxruntime" else fail
+    serious = note if engine in WITHOUT_TORCH else fail
     if not world.version("torch"):
-        yield serious("PyTorch is not installed; only engine onnxruntime does without", 'pip install "torch>=2.11"')
+        told = f"PyTorch is not installed; only engines {', '.join(WITHOUT_TORCH)} do without"
+        yield serious(told, f'pip install "torch>={REQUIRED["torch"]}"')
         return
     facts = child.facts
     if child.code != 0 or facts is None:

@@ -12,15 +12,15 @@ from dataclasses import dataclass
 
 from depthlm_ros.doctor.page import Finding, fail, note, ok, warn
 from depthlm_ros.doctor.world import Child, World
-from depthlm_ros.engines import REQUIRED
+from depthlm_ros.engines import REQUIRED, REQUIRED_FOR_SIZES
 from depthlm_ros.machine import THOR, Machine
 
 # What each engine imports of the two, at the least; transformers and openai check their versions too.
 NEEDS = {
-    "transformers": ("torch", "transformers"), "openai": ("torch", "transformers"), "tensorrt": ("torch",),
-    "tensorrt_llm": ("torch", "transformers"), "edge_llm": ("torch", "transformers"), "onnxruntime": (),
+    "transformers": ("torch", "transformers"), "openai": ("transformers",), "tensorrt": ("torch",),
+    "tensorrt_llm": ("torch", "transformers"), "edge_llm": ("transformers",), "onnxruntime": (),
 }  # fmt: skip
-CHECKED = ("transformers", "openai")
+CHECKED = {"transformers": REQUIRED, "openai": REQUIRED_FOR_SIZES, "edge_llm": REQUIRED_FOR_SIZES}
 
 PACKAGES = ("torch", "transformers", "numpy", "opencv-python-headless", "pillow", "safetensors", "rosbags")
 OPENCV = ("opencv-python-headless", "opencv-python", "opencv-contrib-python")
@@ -99,7 +99,7 @@ def check_packages(world: World, engine: str) -> Iterable[Finding]:
     if seen["numpy"] and _release(seen["numpy"]) < (2,):
         remedy = 'pip install "numpy>=2", in an environment of its own'
         yield note(f"numpy {seen['numpy']}: this package asks for 2", remedy)
-    for name, oldest in REQUIRED.items():
+    for name, oldest in (REQUIRED | CHECKED.get(engine, {})).items():
         # PyTorch's absence is told where it is tried.
         if (seen[name] and _release(seen[name]) >= _release(oldest)) or (name == "torch" and not seen[name]):
             continue

@@ -14,14 +14,16 @@ if TYPE_CHECKING:
     from depthlm_ros.cards import ModelCard
     from depthlm_ros.engines.base import Engine
 
-# Oldest versions that the tests have run with.
+# Oldest versions that have been tried.
 REQUIRED = {"torch": "2.11", "transformers": "5.14"}
 # Of engines that only bring images to the size that a model's processor keeps.
 REQUIRED_FOR_SIZES = {"transformers": "4.57"}
 
-
 ENGINES = ("transformers", "onnxruntime", "tensorrt", "tensorrt_llm", "openai", "edge_llm")
 """What can run a model; the README says which for what."""
+
+WITHOUT_TORCH = ("onnxruntime", "openai", "edge_llm")
+"""Engines on machines that may have no torch; one that computes here is told its threads in its options."""
 
 
 def load_engine(

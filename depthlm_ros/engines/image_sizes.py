@@ -46,7 +46,7 @@ class ImageSizes:
         if pixtral:
             self._read_pixtral_sizes(checkpoint.folder, checkpoint.config)
         else:
-            self._read_qwen_sizes()
+            self._read_qwen_sizes(checkpoint.folder)
 
     def shown(self, image: np.ndarray) -> np.ndarray:
         """An (H, W, 3) uint8 RGB image in the size in which the model sees it: itself or resampled.
@@ -80,8 +80,16 @@ class ImageSizes:
         names = self._image_processor.model_input_names
         return {name: made[name] for name in names if name in made}, self._tokens_hw(made)
 
-    def _read_qwen_sizes(self) -> None:
+    def _read_qwen_sizes(self, folder: Path) -> None:
         processor = self._image_processor
+        told = read_json(folder / "preprocessor_config.json")
+        edges = ("shortest_edge", "longest_edge")
+        size = {edge: (told.get("size") or {}).get(edge) for edge in edges}
+        as_told = size == {edge: processor.size[edge] for edge in edges}
+        if not (as_told or None in size.values() or told.keys() & {"min_pixels", "max_pixels"}):
+            # transformers 4.57 reads the file's and then takes Qwen2-VL's all the same, at most 1 MP.
+            processor.size = size
+            processor.min_pixels, processor.max_pixels = size["shortest_edge"], size["longest_edge"]
         merge = processor.merge_size
         self.patch_px = processor.patch_size * merge
         self.vision_patch_px, self._merge, self._times = processor.patch_size, merge, processor.temporal_patch_size
