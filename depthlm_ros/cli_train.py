@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import fields
 from pathlib import Path
 
 from depthlm_ros.cli_inputs import add_one_camera_arguments, one_camera
-from depthlm_ros.errors import MissingDependencyError
+from depthlm_ros.errors import ConfigError, MissingDependencyError
 from depthlm_ros.manifest import TARGETS
 
 
@@ -123,6 +124,13 @@ def _add_export(commands) -> None:
     engine.add_argument(
         "--exporter", default="", help="of edge-llm: tensorrt-edgellm-export, or the Python of its environment"
     )
+    engine.add_argument("--batch", type=int, help="of edge-llm: questions answered together (default 4)")
+    engine.add_argument(
+        "--question-tokens", type=int, help="of edge-llm: room for a free question (default 256)"
+    )
+    engine.add_argument(
+        "--answer-tokens", type=int, help="of edge-llm: longest answer; default: what the dialects need"
+    )
     add_one_camera_arguments(parser, "give --camera, or --size with --fx or --fov-deg; an engine is for one camera")
     parser.set_defaults(run=_export)
 
@@ -133,21 +141,19 @@ def _export(arguments: argparse.Namespace) -> int:
         from depthlm_training.export_targets import TargetOptions, export_target
     except ModuleNotFoundError as error:
         raise _without_training(error) from error
+    options = TargetOptions(**{field.name: getattr(arguments, field.name) for field in fields(TargetOptions)})
     if arguments.target is None:
+        if options != TargetOptions():
+            wrong = [field.name for field in fields(options) if getattr(options, field.name) not in ("", None)]
+            raise ConfigError(f"no --target, but {', '.join(wrong)} of an engine; say which target to make")
         made = export(
             Path(arguments.source), arguments.out, step=arguments.step, dtype=arguments.dtype, scores=arguments.scores
         )
         print(f"wrote {made.folder}: step {made.step}, dialects {', '.join(made.card.dialects) or 'none'}")
         print(f"its answers differ from the run's by {made.difference:.1e} of their spread")
         return 0
-    options = TargetOptions(
-        arguments.precision,
-        arguments.reference_dtype,
-        arguments.bag,
-        arguments.gpu,
-        arguments.exporter,
-        arguments.quantised,
-    )
+    if arguments.step is not None or arguments.scores:
+        raise ConfigError("--step and --scores are of a training's model; leave them out with --target")
     manifest = export_target(arguments.source, arguments.out, arguments.target, one_camera(arguments), options)
     print(f"wrote {arguments.out}: {manifest.target} in {manifest.precision}, dialects {', '.join(manifest.dialects)}")
     for name, value in (*manifest.image.items(), *manifest.extra.items()):

@@ -166,6 +166,10 @@ def test_sizes_follow_from_the_camera_and_the_longest_question(checkpoint):
         assert few.prompt_tokens < sizes.prompt_tokens and few.answer_tokens == 16 and few.max_image_tokens == 2 * 972
         with pytest.raises(ConfigError, match="batch is 17"):
             plan_sizes(estimator, checkpoint, CAMERA, ("coordinates",), batch=17)
+        with pytest.raises(ConfigError, match="question_tokens is -1"):
+            plan_sizes(estimator, checkpoint, CAMERA, ("coordinates",), question_tokens=-1)
+        with pytest.raises(ConfigError, match="answer_tokens is 0"):
+            plan_sizes(estimator, checkpoint, CAMERA, ("coordinates",), answer_tokens=0)
         with pytest.raises(ConfigError, match="the model reads 4096"):
             plan_sizes(estimator, checkpoint, CAMERA, ("coordinates",), answer_tokens=2000)
 
@@ -192,7 +196,7 @@ def test_the_manifest_holds_sizes_version_and_what_to_beware_of(checkpoint, tmp_
     out = tmp_path / "out"
     out.mkdir()
     with Estimator.load(str(checkpoint), device="cpu", dtype="float32") as estimator:
-        manifest = export_edge_llm(estimator, checkpoint, out, CAMERA, executable=str(program))
+        manifest = export_edge_llm(estimator, checkpoint, out, CAMERA, exporter=str(program))
     assert (manifest.target, manifest.precision, manifest.dialects) == ("edge-llm", "float16", ("coordinates",))
     assert manifest.versions["tensorrt-edgellm"] == manifest.extra["edgellm_version"] == "0.11.0"
     assert manifest.image["image_tokens"] == manifest.extra["sizes"]["image_tokens"] == 972

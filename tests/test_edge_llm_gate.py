@@ -60,6 +60,9 @@ open(sys.argv[sys.argv.index("--outputFile") + 1], "wb").write(answers)
 """
 
 
+SIZES = {"batch": 3, "question_tokens": 100, "answer_tokens": 40}
+
+
 @pytest.fixture(scope="module")
 def export(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("gate")
@@ -68,7 +71,8 @@ def export(tmp_path_factory) -> Path:
     graphs = write_export(folder / "graphs", made)
     copies = f"import shutil, sys\nshutil.copytree({str(graphs)!r}, sys.argv[2])"
     program = write_program(folder / PROGRAM, copies)
-    manifest = export_target(str(made), folder / "export", "edge-llm", CAMERA, TargetOptions(exporter=str(program)))
+    options = TargetOptions(exporter=str(program), **SIZES)
+    manifest = export_target(str(made), folder / "export", "edge-llm", CAMERA, options)
     built = {"edgellm_version": "0.11.0", "builder_config": manifest.extra["sizes"]}
     for name in ("llm.engine", "visual/visual.engine"):
         path = folder / "export" / "engines" / name
@@ -76,6 +80,13 @@ def export(tmp_path_factory) -> Path:
         path.write_text("plan")
         (path.parent / "config.json").write_text(json.dumps(built))
     return folder / "export"
+
+
+def test_the_engine_is_sized_as_told(export):
+    sizes = read_manifest(export).extra["sizes"]
+    assert sizes["max_batch_size"] == 3
+    script = (export / "build_on_device.sh").read_text()
+    assert "--maxBatchSize 3" in script, script
 
 
 def answered(told: dict, checkpoint: Path, exchanged: bool) -> dict:

@@ -111,6 +111,18 @@ def test_the_checkpoint_itself_does_not_load_from_an_export(exported):
         Estimator.load(str(exported), device="cpu")
 
 
+@pytest.mark.parametrize(
+    ("target", "option", "owner"),
+    [("onnx", {"gpu": "H100"}, "tensorrt-llm"), ("tensorrt-llm", {"batch": 2}, "edge-llm"),
+     ("edge-llm", {"quantised": Path("fp8")}, "tensorrt-llm")],
+)  # fmt: skip
+def test_an_option_of_another_target_is_refused(tmp_path, target, option, owner):
+    (name,) = option
+    with pytest.raises(ConfigError, match=f"{name} is .*only target {owner} has it; leave it out of {target}"):
+        export_target("demo", tmp_path / "out", target, CAMERA, TargetOptions(**option))
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_engine_for_words_is_not_what_a_graph_is(exported):
     with pytest.raises(ModelError, match="choose engine onnxruntime or tensorrt"):
         Estimator.load(str(exported), engine="edge_llm")
@@ -119,6 +131,8 @@ def test_an_engine_for_words_is_not_what_a_graph_is(exported):
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
+        (["--gpu", "H100", "--batch", "2"], "no --target, but gpu, batch of an engine"),
+        (["--target", "onnx", "--step", "3"], "--step and --scores are of a training's model"),
         (["--target", "onnx"], "give its calibration file with --camera, or --size"),
         (["--target", "onnx", "--size", "640x480"], "neither --fx nor --fov-deg"),
         (["--target", "onnx", "--camera", "nowhere.yaml"], "nowhere.yaml is no calibration"),

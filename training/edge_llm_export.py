@@ -39,7 +39,7 @@ def export_edge_llm(
     camera: Camera,
     *,
     precision: str = "float16",
-    executable: str | None = None,
+    exporter: str | None = None,
     batch: int = BATCH,
     question_tokens: int = QUESTION_TOKENS,
     answer_tokens: int | None = None,
@@ -53,7 +53,7 @@ def export_edge_llm(
         out: empty folder.
         camera: of the images; its view sets the token limits.
         precision: "float16", the only one that needs no GPU to make.
-        executable: the exporter, the Python beside it or the folder of their environment; None looks for it.
+        exporter: the program, the Python beside it or the folder of their environment; None looks for it.
         batch: questions that the engine answers together.
         question_tokens: room for free questions.
         answer_tokens: of the longest answer; None takes the card's.
@@ -76,7 +76,7 @@ def export_edge_llm(
         )
     checkpoint = open_checkpoint(source)
     dialects = _dialects(estimator, checkpoint)
-    program = find_exporter(executable)
+    program = find_exporter(exporter)
     sizes = plan_sizes(
         estimator, source, camera, dialects, batch=batch, question_tokens=question_tokens, answer_tokens=answer_tokens
     )

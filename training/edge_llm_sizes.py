@@ -98,10 +98,14 @@ def plan_sizes(
         answer_tokens: of the longest answer; None takes the card's, and the compact dialect's where that is longer.
 
     Raises:
-        ConfigError: a batch outside [1, 16], or questions that are longer than the model can read.
+        ConfigError: a batch outside [1, 16], no room, or questions that are longer than the model can read.
     """
     if not 1 <= batch <= MOST_BATCH:
         raise ConfigError(f"batch is {batch}; choose 1 to {MOST_BATCH}, 2 or more for JetPack 7.0 and 7.1")
+    if question_tokens < 0:
+        raise ConfigError(f"question_tokens is {question_tokens}; choose 0 or more")
+    if answer_tokens is not None and answer_tokens < 1:
+        raise ConfigError(f"answer_tokens is {answer_tokens}; choose 1 or more")
     card = estimator.card
     checkpoint = open_processor(source)
     processor = PromptProcessor(checkpoint, card.system_text)

@@ -46,6 +46,12 @@ from depthlm_training.config import as_yaml
 Exporter = Callable[..., Manifest]
 PRECISIONS = {"onnx": "float32", "edge-llm": "float16", "tensorrt-llm": "bfloat16"}
 """What each target computes in when nobody says otherwise."""
+OWN = {
+    "onnx": (),
+    "edge-llm": ("exporter", "batch", "question_tokens", "answer_tokens"),
+    "tensorrt-llm": ("gpu", "quantised"),
+}
+"""Options that only one target has."""
 # Questions in words about a frame, of which those are kept whose answers don't hang on rounding: in bfloat16 one of
 # ten answers of the demo is another one, in float16 one of fifty.
 ASKED_POINTS = 48
@@ -62,16 +68,22 @@ class TargetOptions:
             fewer bits, and the engine's own precision for words, whose last digits don't.
         bag: recording whose frames are added to the rendered ones; of the same camera.
         gpu: that a TensorRT-LLM engine is for, such as "H100" or "sm90"; empty for any.
-        exporter: Edge-LLM's exporter or the Python of its environment; empty looks for it.
         quantised: folder that NVIDIA's Model Optimizer made of a TensorRT-LLM export; None for none.
+        exporter: Edge-LLM's exporter or the Python of its environment; empty looks for it.
+        batch: questions that an Edge-LLM engine answers together; None takes the usual.
+        question_tokens: room that an Edge-LLM engine has for free questions; None takes the usual.
+        answer_tokens: of the longest answer of an Edge-LLM engine; None takes the card's.
     """
 
     precision: str = ""
     reference_dtype: str = ""
     bag: Path | None = None
     gpu: str = ""
-    exporter: str = ""
     quantised: Path | None = None
+    exporter: str = ""
+    batch: int | None = None
+    question_tokens: int | None = None
+    answer_tokens: int | None = None
 
 
 def export_target(
@@ -90,7 +102,7 @@ def export_target(
         The manifest, as written.
 
     Raises:
-        ConfigError: an unknown target, `out` exists, a recording of another camera.
+        ConfigError: an unknown target, an option that it doesn't have, `out` exists, a recording of another camera.
         ModelError, DialectError: the target can't run this model; the message says why.
         MissingDependencyError: the exporter isn't installed; the message has the line that installs it.
         TrainingError, EngineError: the exporter failed, or what it made answers otherwise.
@@ -99,6 +111,7 @@ def export_target(
         raise ConfigError(f"target is {target!r}; choose one of {', '.join(TARGETS)}")
     if out.exists():
         raise ConfigError(f"{out} exists already; delete it or name another folder")
+    own = _own(target, options)
     added = _frames_of(options.bag, camera)
     card, source = load_card(model)
     small = open_processor(source, card.revision).folder
@@ -108,7 +121,6 @@ def export_target(
             made = Path(scratch) / out.name
             made.mkdir()
             precision = options.precision or PRECISIONS[target]
-            own = _own(target, options)
             manifest = _exporter(target)(estimator, small, made, camera, precision=precision, **own)
             _add_small_files(small, made)
             _add_card(estimator.card, manifest, str(source), made)
@@ -139,10 +151,18 @@ def _exporter(target: str) -> Exporter:
 
 
 def _own(target: str, options: TargetOptions) -> dict[str, Any]:
-    """What only one target is told."""
-    if target == "edge-llm":
-        return {"executable": options.exporter or None}
-    return {"gpu": options.gpu, "quantised": options.quantised} if target == "tensorrt-llm" else {}
+    """What only this target is told.
+
+    Raises:
+        ConfigError: something is set that only another one is told.
+    """
+    for other, names in OWN.items():
+        for name in names:
+            value = getattr(options, name)
+            if other != target and value not in ("", None):
+                raise ConfigError(f"{name} is {value!r}, and only target {other} has it; leave it out of {target}")
+    told = {name: getattr(options, name) for name in OWN[target]}
+    return {name: value for name, value in told.items() if value not in ("", None)}
 
 
 def _add_small_files(source: Path, made: Path) -> None:
