@@ -13,6 +13,8 @@ from fault_server import LOGPROB, FaultServer
 
 from depthlm_ros.cards import load_card
 from depthlm_ros.engines.options import EngineOptions
+from depthlm_ros.engines.served.asking import retry_after
+from depthlm_ros.engines.served.client import Response
 from depthlm_ros.engines.served.dialects import DIALECTS, NoAnswer, WrongModel, read_answer, read_error
 from depthlm_ros.engines.served.engine import load_served
 from depthlm_ros.engines.served.images import MOST_PIXELS, Picture, pictures_of
@@ -279,3 +281,24 @@ def test_refusals_of_every_shape_are_read(body):
 
 def test_a_refusal_without_json_is_quoted():
     assert "Internal Server Error" in read_error(500, None, "Internal Server Error")
+
+
+@pytest.mark.parametrize(
+    ("headers", "seconds"),
+    [
+        ({}, None),
+        ({"retry-after": "2.5"}, 2.5),
+        ({"retry-after": "-3"}, 0.0),
+        ({"retry-after": "nan"}, None),
+        ({"retry-after": "86400"}, None),
+        ({"retry-after": "soon"}, None),
+        # By the server's clock, whatever ours says.
+        ({"retry-after": "Sat, 01 Mar 2031 10:00:07 GMT", "date": "Sat, 01 Mar 2031 10:00:00 GMT"}, 7.0),
+        ({"retry-after": "Sat, 01 Mar 2031 10:00:07 -0000", "date": "Sat, 01 Mar 2031 10:00:00 GMT"}, 7.0),
+        ({"retry-after": "Sat, 01 Mar 2031 10:00:00 GMT", "date": "Sat, 01 Mar 2031 10:00:07 GMT"}, 0.0),
+        ({"retry-after": "Sun, 02 Mar 2031 10:00:00 GMT", "date": "Sat, 01 Mar 2031 10:00:00 GMT"}, None),
+        ({"retry-after": "Sat, 01 Mar 2003 10:00:00 GMT", "date": "a moment ago"}, 0.0),
+    ],
+)
+def test_retry_after_is_read_as_seconds_or_as_a_date(headers, seconds):
+    assert retry_after(Response(503, b"", headers)) == seconds

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import datetime, timezone
+from email.utils import parsedate_to_datetime
 
 from depthlm_ros.engines.served.client import Broken, Client, Refused, Response, TimedOut
 from depthlm_ros.engines.served.dialects import NoAnswer, WrongModel, read_answer, read_error
@@ -128,7 +130,7 @@ def _judge(client: Client, response: Response) -> Exception:
     status = response.status
     if status in _AGAIN:
         # One that has too much to do gets less; one that starts or ends is left.
-        return Again(said, _retry_after(response), status in (429, 503), elsewhere=status != 429)
+        return Again(said, retry_after(response), status in (429, 503), elsewhere=status != 429)
     if status in (401, 403):
         return Over(f"{said}: it wants a key, or another one")
     if status == 404:
@@ -139,11 +141,24 @@ def _judge(client: Client, response: Response) -> Exception:
     return Again(said, tries=2)
 
 
-def _retry_after(response: Response) -> float | None:
-    """Seconds of the header; a date is as good as nothing."""
+def retry_after(response: Response) -> float | None:
+    """Seconds of the header, which gives them or a date; None where it says nothing of use."""
     value = response.headers.get("retry-after", "")
     try:
         seconds = float(value)
     except ValueError:
-        return None
+        until = _date(value)
+        # By the server's own clock, which may be another than ours.
+        now = _date(response.headers.get("date", "")) or datetime.now(timezone.utc)
+        if until is None:
+            return None
+        seconds = (until - now).total_seconds()
     return max(0.0, seconds) if seconds < 3600 else None
+
+
+def _date(text: str) -> datetime | None:
+    try:
+        date = parsedate_to_datetime(text)
+    except ValueError:
+        return None
+    return date if date.tzinfo else date.replace(tzinfo=timezone.utc)
