@@ -13,9 +13,7 @@ asks.
 from __future__ import annotations
 
 import contextlib
-import math
 import os
-import re
 import sys
 import threading
 import time
@@ -36,6 +34,7 @@ from sensor_msgs.msg import CameraInfo
 
 from depthlm_ros import qos
 from depthlm_ros.camera_input import CameraInput, Pair
+from depthlm_ros.complaints import Complaints
 from depthlm_ros.config import NODE_NAME, Parameters
 from depthlm_ros.engines import WITHOUT_TORCH
 from depthlm_ros.engines.edge_llm_command import end_all
@@ -56,11 +55,6 @@ if TYPE_CHECKING:
 # Fast enough that nobody waits for the first cloud, slow enough to cost nothing.
 _HOUSEKEEPING_S = 0.1
 _DIAGNOSTICS_S = 1.0
-# A camera can fail thirty times a second; a person reads one line of it.
-_LOG_INTERVAL_S = 5.0
-# ... and a complaint about the model, which may last for days.
-_REMINDER_INTERVAL_S = 60.0
-_NUMBER = re.compile(r"\d+(\.\d+)?")
 
 EstimatorFactory = Callable[[Parameters], "Estimator"]
 
@@ -112,7 +106,7 @@ class DepthNode(LifecycleNode):
         # that was begun under another one is thrown away.
         self._activation = 0
         self._publishing = threading.Lock()
-        self._complaints: dict[str, float] = {}
+        self._complaints = Complaints(self.get_logger())
         self._mismatches = qos.Mismatches()
 
         steady = Clock(clock_type=ClockType.STEADY_TIME)
@@ -168,7 +162,7 @@ class DepthNode(LifecycleNode):
             raise
         for line in self._estimator.describe():
             self.get_logger().info(line)
-        self._remind(at_once=True)
+        self._complaints.remind(self._estimator, at_once=True)
         self._monitor = Monitor()
         inference = Inference(self._estimator)
         frames = FramePath(self, inference, self._monitor, self._wanted)
@@ -190,7 +184,7 @@ class DepthNode(LifecycleNode):
         with self._publishing:
             self._activation += 1
         self._active = True
-        self._remind(at_once=True)
+        self._complaints.remind(self._estimator, at_once=True)
         self._camera.resolve()
         image, info = self._camera.image_topic, self._camera.info_topic
         if "rect" in image.rsplit("/", 1)[-1] and not self.parameters.rectified:
@@ -352,51 +346,16 @@ class DepthNode(LifecycleNode):
 
     def _frame_failed(self, error: Exception) -> None:
         self._monitor.frame_failed(error)
-        if not self._may_complain(type(error).__name__):
-            return
-        if isinstance(error, DepthLMError):
-            self.get_logger().warning(f"frame skipped: {error}")
-        else:
-            text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
-            self.get_logger().error(f"frame skipped, unexpectedly:\n{text}")
+        self._complaints.frame_failed(error)
 
     def complain(self, about: str, text: str) -> None:
         """Warns in the log, not more often than a person can read."""
-        if self._may_complain(about):
-            self.get_logger().warning(text)
-
-    def _may_complain(self, about: str, interval_s: float = _LOG_INTERVAL_S) -> bool:
-        now = time.monotonic()
-        if now - self._complaints.get(about, -math.inf) < interval_s:
-            return False
-        self._complaints[about] = now
-        return True
-
-    def _remind(self, at_once: bool = False) -> None:
-        """Logs what is wrong with the model: whoever accepted it is told for as long as it runs.
-
-        Args:
-            at_once: also what was told less than a minute ago.
-        """
-        if self._estimator is None:
-            return
-        for sentence in self._estimator.complaints:
-            # Sentences count seconds, and are the same all the same.
-            about = f"model: {_NUMBER.sub('#', sentence)}"
-            if at_once:
-                self._complaints.pop(about, None)
-            if not self._may_complain(about, _REMINDER_INTERVAL_S):
-                continue
-            proof = self._estimator.proof
-            if proof.accepted and sentence == proof.complaint:
-                self.get_logger().error(f"ACCEPTED because accept_unproven is true: {sentence}")
-            else:
-                self.get_logger().warning(sentence)
+        self._complaints.say(about, text)
 
     # Diagnostics
 
     def _report(self) -> None:
-        self._remind()
+        self._complaints.remind(self._estimator)
         asked = self._questions
         for sentence in self._mismatches.explain(
             self,

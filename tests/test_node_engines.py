@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,31 +21,32 @@ from rclpy.logging import LoggingSeverity  # noqa: E402
 from sensor_msgs.msg import PointCloud2  # noqa: E402
 from test_node import CAMERA, PATIENCE_S, World, until, value, worlds  # noqa: E402, F401
 
-from depthlm_ros import node  # noqa: E402
+from depthlm_ros import complaints  # noqa: E402
 from depthlm_ros.node import load_estimator  # noqa: E402
 from depthlm_ros.references import REFERENCE_FILE  # noqa: E402
 
 
 def test_an_answer_that_comes_too_late_is_not_published_and_the_next_one_is(worlds):  # noqa: F811
-    world = worlds(max_age_s=0.3)
+    world = worlds(max_age_s=100.0)
     world.listen(PointCloud2, "points")
     world.camera()
     world.estimator.gate.clear()
     world.send(stamp=1)
     assert world.estimator.entered.wait(PATIENCE_S)
-    status = world.status_where(lambda s: True, "a report while it takes its time")
+    # Not before it is asked: on a slow machine the image could be too old then, and nobody would be asked.
+    assert world.set("max_age_s", 0.05)[0].successful
+    time.sleep(0.1)
     world.estimator.gate.set()
-    status = world.status_where(lambda s: "max_age_s is 0.3" in value(s, "last error"), "the late frame to be told")
+    status = world.status_where(lambda s: "max_age_s is 0.05" in value(s, "last error"), "the late frame to be told")
     assert "not published" in value(status, "last error")
     assert not world.heard["points"]
+    assert world.set("max_age_s", 100.0)[0].successful
     world.send(stamp=2)
     until(lambda: world.heard["points"], "a cloud")
     assert [message.header.stamp.nanosec for message in world.heard["points"]] == [2]
 
 
 def test_the_engine_knows_how_long_an_answer_is_of_use(worlds):  # noqa: F811
-    import time
-
     world = worlds(max_age_s=100.0)
     world.listen(PointCloud2, "points")
     world.camera()
@@ -145,7 +147,7 @@ def test_an_unproven_engine_that_was_accepted_is_complained_of_while_it_runs(ros
             world.status_where(lambda s: "does not answer as demo" in s.message, "the complaint")
             assert len(told()) == count
 
-        until(lambda: world.peer.count_publishers("/rosout") == 2, "the logs")
+        until(lambda: world.peer.count_publishers("/rosout") >= 2, "the logs")
         assert world.transition(Transition.TRANSITION_CONFIGURE)[0]
         wait_for(1, "the line of the load")
         assert world.transition(Transition.TRANSITION_ACTIVATE)[0]
@@ -157,7 +159,7 @@ def test_an_unproven_engine_that_was_accepted_is_complained_of_while_it_runs(ros
         assert {line.level for line in told()} == {LoggingSeverity.ERROR.value}
         assert "does not answer as demo" in told()[0].msg
         # As when a minute has gone by.
-        monkeypatch.setattr(node, "_REMINDER_INTERVAL_S", 0.0)
+        monkeypatch.setattr(complaints, "REMINDER_INTERVAL_S", 0.0)
         until(lambda: len(told()) >= 4, "the reminders")
     finally:
         world.close()
@@ -166,8 +168,14 @@ def test_an_unproven_engine_that_was_accepted_is_complained_of_while_it_runs(ros
 def test_what_an_engine_complains_of_is_logged_once_a_minute_whatever_seconds_it_tells(worlds, monkeypatch):  # noqa: F811
     world = worlds()
     lines: list[str] = []
-    logger = SimpleNamespace(warning=lines.append, error=lines.append, debug=lambda text: None)
-    monkeypatch.setattr(world.node, "get_logger", lambda: logger)
+
+    def note(text: str) -> None:
+        # What else there is to say on a slow machine is no part of this.
+        if "http://" in text:
+            lines.append(text)
+
+    logger = SimpleNamespace(warning=note, error=note)
+    monkeypatch.setattr(world.node._complaints, "_logger", logger)
     for seconds in (3, 4):
         world.estimator.complaints = (f"http://server has not answered for {seconds} s",)
         world.status_where(lambda s: f"for {seconds} s" in s.message, "the complaint")  # noqa: B023
@@ -196,6 +204,6 @@ values = ("model:={export}", "engine:=onnxruntime", "device:=cpu", "cpu_threads:
 status = node.main(["--ros-args", *(part for value in values for part in ("-p", value))], load=load)
 sys.exit(status)
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=PATIENCE_S)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=100.0)
     assert (done.returncode, done.stdout) == (0, "threads 1\n"), done.stderr
     assert "ready: image" in done.stderr
