@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import itertools
 import os
 import socket
 import sys
@@ -37,6 +38,7 @@ ROS_LEAKS = (
 
 # Above 101 the ports of a domain (7400 + 250 * domain) run into those that Linux hands out itself.
 DOMAINS = range(1, 101)
+_TURNS = itertools.count(os.getpid())
 
 
 def _prepare_environment() -> None:
@@ -90,10 +92,11 @@ def reserved_ros_domain() -> Iterator[int]:
     """Holds a ROS domain that no other test on this machine uses, and sets ROS_DOMAIN_ID to it.
 
     The reservation is a Unix socket in Linux' abstract namespace: it is as wide as the DDS ports are (one network
-    namespace), leaves no file and is gone with the process however that ends.
+    namespace), leaves no file and is gone with the process however that ends. Each is another one than the last: what a
+    node that has just ended left behind is not met by the next test.
     """
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as reservation, pytest.MonkeyPatch.context() as patch:
-        first = os.getpid()
+        first = next(_TURNS)
         for offset in range(len(DOMAINS)):
             domain = DOMAINS[(first + offset) % len(DOMAINS)]
             with contextlib.suppress(OSError):

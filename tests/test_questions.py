@@ -10,7 +10,7 @@ from depthlm_ros.errors import ConfigError
 from depthlm_ros.questions import MAX_CHARACTERS, POINT, TEXT, Question, Questions, check_text
 from depthlm_ros.worker import Job, Worker
 
-PATIENCE_S = 10.0
+PATIENCE_S = 120.0
 
 
 def text(asked_s: float, words: str = "why?") -> Question:
@@ -115,8 +115,10 @@ class Diary:
         return Job(run, self.note)
 
     def run(self, frames: int, seconds: float) -> list[object]:
-        self.frames_left = frames
-        self.worker.submit(seconds)
+        # At once: between the two a worker that is late would find questions and no frame.
+        with self.worker._condition:
+            self.frames_left = frames
+            self.worker.submit(seconds)
         assert self.ended.wait(PATIENCE_S)
         self.worker.stop()
         assert self.worker.join(PATIENCE_S)

@@ -11,7 +11,7 @@ from depthlm_ros.pairing import Pairing
 from depthlm_ros.topics import compressed_topic, sibling_topic
 from depthlm_ros.worker import Counts, Worker
 
-PATIENCE_S = 10.0
+PATIENCE_S = 120.0
 
 
 class Gate:
