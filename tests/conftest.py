@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -76,6 +77,12 @@ def _name_training() -> None:
 
 _prepare_environment()
 _name_training()
+# The same examples in every run, and as long for each as it takes: a test fails for what was changed, not for what was
+# drawn, or for how busy the machine is. `--hypothesis-profile=default` draws others.
+settings.register_profile(
+    "tests", deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("tests")
 
 
 def foreign_environment() -> dict[str, str]:
