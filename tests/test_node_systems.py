@@ -21,13 +21,23 @@ from diagnostic_msgs.msg import DiagnosticArray  # noqa: E402
 from geometry_msgs.msg import Point, PointStamped, PoseStamped  # noqa: E402
 from rclpy.executors import SingleThreadedExecutor  # noqa: E402
 from rclpy.node import Node  # noqa: E402
+from rclpy.qos import QoSProfile  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from sensor_msgs.msg import CameraInfo, Image, PointCloud2  # noqa: E402
 from std_msgs.msg import String  # noqa: E402
 from test_dpt_head import dpt_checkpoint, remembered_bytes, tensor_bytes  # noqa: E402
 from test_node import until  # noqa: E402
 from test_node_questions import AskingWorld  # noqa: E402
-from test_node_two_processes import CARD, FRAME, RELIABLE, SLOW_NODE, NodeProcess, node_command, wait  # noqa: E402
+from test_node_two_processes import (  # noqa: E402
+    CARD,
+    FRAME,
+    PATIENCE_S,
+    RELIABLE,
+    SLOW_NODE,
+    NodeProcess,
+    node_command,
+    wait,
+)
 
 from depthlm_ros.camera import Camera  # noqa: E402
 from depthlm_ros.cards import CARD_FILE  # noqa: E402
@@ -63,8 +73,9 @@ class Peer:
         self.node.create_subscription(DiagnosticArray, "/diagnostics", self._on_diagnostics, 10)
         self.images = self.node.create_publisher(Image, "image", RELIABLE)
         self.infos = self.node.create_publisher(CameraInfo, "camera_info", RELIABLE)
-        self.ask = self.node.create_publisher(String, "depth_node/ask", RELIABLE)
-        self.query = self.node.create_publisher(PointStamped, "depth_node/query", RELIABLE)
+        # As many as may be on their way at once.
+        self.ask = self.node.create_publisher(String, "depth_node/ask", QoSProfile(depth=100))
+        self.query = self.node.create_publisher(PointStamped, "depth_node/query", QoSProfile(depth=100))
         self.executor = SingleThreadedExecutor(context=self.context)
         self.executor.add_node(self.node)
         threading.Thread(target=self.executor.spin, daemon=True).start()
@@ -93,7 +104,7 @@ class Peer:
         wait(process, sent_and_true, what)
 
     def close(self) -> None:
-        self.executor.shutdown(timeout_sec=10)
+        self.executor.shutdown(timeout_sec=PATIENCE_S)
         self.node.destroy_node()
         rclpy.try_shutdown(context=self.context)
 
@@ -104,7 +115,7 @@ def start(ros_domain) -> Iterator[Callable[..., tuple[NodeProcess, Peer]]]:
 
     def make(model: Path, *parameters: str) -> tuple[NodeProcess, Peer]:
         fixed = ("device:=cpu", "dtype:=float32", "cpu_threads:=1", f"points:={POINTS}", "answer_tokens:=12",
-                 "question_timeout_s:=60.0")  # fmt: skip
+                 "question_timeout_s:=600.0")  # fmt: skip
         process = NodeProcess(node_command(f"model:={model}", *fixed, *parameters))
         peer = Peer()
         started.extend((process, peer))
@@ -136,6 +147,12 @@ SYSTEMS = {
     "VLM3, Qwen3-VL": System(speaker("qwen3_vl"), "coordinates", "VLM3"),
     "DepthVLM, DPT head": System(dpt_checkpoint, "dense", "DepthVLM"),
 }
+
+
+def at_rest(node: Any) -> bool:
+    """Whether no step of a node's worker has a frame any more."""
+    counts = node.counts
+    return not node._worker.busy and counts.received == counts.dropped + counts.processed + counts.failed
 
 
 @pytest.mark.parametrize("name", SYSTEMS)
@@ -183,7 +200,8 @@ def test_a_model_for_poses_tells_them_and_says_why_no_cloud_comes(start, tmp_pat
 
 
 def test_ctrl_c_ends_the_process_quietly_while_questions_wait(ros_domain):
-    process, peer = NodeProcess([sys.executable, "-c", SLOW_NODE]), Peer()
+    command = [sys.executable, "-c", SLOW_NODE, "--ros-args", "-p", "question_timeout_s:=600.0"]
+    process, peer = NodeProcess(command), Peer()
     wait(process, lambda: peer.ask.get_subscription_count() > 0, "the node to take questions")
     peer.send_until(process, lambda: "in work" in process.log, "a frame to be in work")
     for _ in range(LIMIT + 1):
@@ -223,7 +241,7 @@ def test_clouds_answers_and_points_at_once_come_from_one_copy_of_the_weights(ros
 
         world.keep_sending(told, "clouds, answers and points")
         until(lambda: len(world.answers) == len(world.points) == asked, "a message for each question")
-        until(lambda: not world.node._worker.busy, "the worker to rest")
+        until(lambda: at_rest(world.node), "the worker to rest")
         assert any(math.isfinite(message.point.z) and message.point.z > 0 for message in world.points)
         engine = estimators[0].engine
         loaded = tensor_bytes() - before - engine._answering._kept.bytes - remembered_bytes(engine)
