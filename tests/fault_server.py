@@ -25,6 +25,7 @@ from typing import Any
 import cv2
 import numpy as np
 
+HUGE_BLOCKS = 4096
 NUMBER_OF_GUIDE = r"[0-9]{1,5}(\.[0-9]{1,4})?"
 LOGPROB = math.log(0.9)
 FAULTS = (
@@ -70,6 +71,7 @@ class FaultServer:
         busiest: most questions that were under way at once.
         pages: GETs that were asked.
         posts: how many POSTs came.
+        blocks: of 64 KiB that it has sent of huge answers.
     """
 
     def __init__(self, dialect: str = "vllm", model: str = "small") -> None:
@@ -91,9 +93,10 @@ class FaultServer:
         self.prompts: list[str] = []
         self.said: list[str] = []
         self.pages: list[str] = []
-        self.under_way = self.busiest = self.sent_away = self.posts = 0
+        self.under_way = self.busiest = self.sent_away = self.posts = self.blocks = 0
         self.lock = threading.Lock()
         self._port = 0
+        self._place: socket.socket | None = None
         self._scheme = "http"
         self._http: ThreadingHTTPServer | None = None
         self._open: set[socket.socket] = set()
@@ -105,6 +108,12 @@ class FaultServer:
     def start(self) -> FaultServer:
         """Listens; on the same port as before."""
         owner = self
+        if self._place is None:
+            # Bound and not listening: connections are refused while it is stopped, and nobody else gets the port.
+            self._place = socket.socket()
+            self._place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            self._place.bind(("127.0.0.1", 0))
+            self._port = self._place.getsockname()[1]
 
         class Handler(_Handler):
             server_side = owner
@@ -114,11 +123,20 @@ class FaultServer:
             daemon_threads = True
             request_queue_size = 128
 
+            def get_request(self):
+                # Here and not in the handler's thread, which may begin when the server has been stopped.
+                connection, address = super().get_request()
+                owner.track(connection, True)
+                return connection, address
+
+            def shutdown_request(self, request):
+                owner.track(request, False)
+                super().shutdown_request(request)
+
             def handle_error(self, request, client_address):
                 """A client that has gone is what many tests are about."""
 
         self._http = Http(("127.0.0.1", self._port), Handler)
-        self._port = self._http.server_address[1]
         threading.Thread(target=self._http.serve_forever, args=(0.02,), daemon=True).start()
         return self
 
@@ -129,11 +147,12 @@ class FaultServer:
 
     def stop(self) -> None:
         """Stops listening and drops every connection, as a process does that is killed."""
-        if self._http is None:
+        with self.lock:
+            http, self._http = self._http, None
+        if http is None:
             return
-        self._http.shutdown()
-        self._http.server_close()
-        self._http = None
+        http.shutdown()
+        http.server_close()
         with self.lock:
             left = list(self._open)
         for connection in left:
@@ -144,6 +163,13 @@ class FaultServer:
 
     def __exit__(self, *_: object) -> None:
         self.stop()
+        self._place.close()
+
+    @property
+    def connections(self) -> int:
+        """How many are open."""
+        with self.lock:
+            return len(self._open)
 
     @property
     def running(self) -> bool:
@@ -186,12 +212,9 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
 
-    def setup(self):
-        super().setup()
-        self.server_side.track(self.connection, True)
+    _counted = False
 
     def finish(self):
-        self.server_side.track(self.connection, False)
         with contextlib.suppress(OSError):
             super().finish()
 
@@ -220,6 +243,7 @@ class _Handler(BaseHTTPRequestHandler):
         if not self._may_enter():
             return
         with side.lock:
+            self._counted = True
             side.under_way += 1
             side.busiest = max(side.busiest, side.under_way)
             full = side.most is not None and side.under_way > side.most
@@ -234,8 +258,14 @@ class _Handler(BaseHTTPRequestHandler):
             else:
                 self._answer(json.loads(raw))
         finally:
-            with side.lock:
-                side.under_way -= 1
+            self._count_off()
+
+    def _count_off(self) -> None:
+        """The question isn't under way any more."""
+        side = self.server_side
+        with side.lock:
+            side.under_way -= self._counted
+            self._counted = False
 
     # What it says
 
@@ -350,6 +380,8 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(status, json.dumps(body).encode(), "application/json", headers)
 
     def _send(self, status: int, raw: bytes, kind: str, headers: dict[str, str] | None = None, cut: int = 0) -> None:
+        # Before it is said: who hears it asks the next question at once.
+        self._count_off()
         self.send_response(status)
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(raw)))
@@ -436,5 +468,6 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.close_connection = True
         block = b'"' + b"x" * (1 << 16)
-        for _ in range(4096):
+        for _ in range(HUGE_BLOCKS):
             self.wfile.write(block)
+            self.server_side.blocks += 1

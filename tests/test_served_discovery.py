@@ -27,7 +27,8 @@ IMAGE = np.zeros((64, 64, 3), np.uint8)
 
 def load(url: str, **options):
     card, source = load_card("demo")
-    return load_served(source, card, EngineOptions(server_urls=(url,), **options))
+    # However slow the machine is: no test here is about servers that are.
+    return load_served(source, card, EngineOptions(server_urls=(url,), **{"server_timeout_s": 60.0, **options}))
 
 
 def version(server: FaultServer, **options) -> str:
@@ -193,18 +194,32 @@ def test_a_private_authority_is_trusted_where_it_is_named_and_nowhere_else(secur
     with pytest.raises(EngineError, match="(?i)certificate"):
         load(server.url)
     monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
-    engine = load(server.url, server_timeout_s=1.0)
-    assert engine.answer_shared(IMAGE, ["?"], 8)[0].text
-    # Breaking off wakes a read over TLS, too.
-    server.fault = "hang"
+    engine = load(server.url)
+    said: list[Exception] = []
+
+    def ask() -> None:
+        try:
+            engine.answer_shared(IMAGE, [str(n) for n in range(8)], 8)
+        except EngineError as error:
+            said.append(error)
+
+    try:
+        assert engine.answer_shared(IMAGE, ["?"], 8)[0].text
+        # Breaking off wakes a read over TLS, too: each would wait for a minute.
+        server.fault, before = "hang", server.posts
+        asking = threading.Thread(target=ask)
+        asking.start()
+        began = time.monotonic()
+        while server.posts == before:
+            assert time.monotonic() - began < 20.0, "no question came"
+            time.sleep(0.02)
+    finally:
+        engine.close()
+    asking.join(20.0)
+    assert len(said) == 1
     began = time.monotonic()
-    engine.deadline = began + 0.4
-    with pytest.raises(EngineError):
-        engine.answer_shared(IMAGE, [str(n) for n in range(8)], 8)
-    assert time.monotonic() - began < 3.0
-    engine.close()
     while [thread for thread in threading.enumerate() if thread.name.startswith("served")]:
-        assert time.monotonic() - began < 10.0, "a thread of the engine outlives it"
+        assert time.monotonic() - began < 20.0, "a thread of the engine outlives it"
         time.sleep(0.02)
 
 
@@ -212,7 +227,8 @@ def test_the_overhead_is_measured_in_turns():
     card, source = load_card("demo")
     with FaultServer() as server:
         server.delay_s = 0.02
-        served = open_served(source, card, EngineOptions(server_urls=(server.url,), server_concurrency=4))
+        options = EngineOptions(server_urls=(server.url,), server_concurrency=4, server_timeout_s=60.0)
+        served = open_served(source, card, options)
         try:
             before = len(server.requests)
             found = compare(served, card, server.url, points=12, rounds=2, size=(96, 64), concurrency=4)
@@ -242,7 +258,7 @@ def test_a_robot_that_only_asks_needs_no_weights(tmp_path):
     for path in folder.glob("*.safetensors*"):
         path.unlink()
     with FaultServer("vllm") as server:
-        options = EngineOptions(server_urls=(server.url,))
+        options = EngineOptions(server_urls=(server.url,), server_timeout_s=60.0)
         with Estimator.load(str(folder), engine="openai", options=options) as estimator:
             assert estimator.engine.info.engine == "openai"
             assert "unproven" in estimator.complaints[0]

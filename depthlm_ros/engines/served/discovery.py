@@ -26,6 +26,8 @@ from depthlm_ros.engines.served.images import Picture
 from depthlm_ros.engines.worded import Reply
 
 PAGE_S = 2.0
+# At the start nobody asks a second time: a machine that has much to do then may take longer for a page.
+FIRST_PAGE_S = 10.0
 # The first question of a server may have it compile, or load the model.
 FIRST_S = 30.0
 LOADING_S = 300.0
@@ -98,17 +100,18 @@ def discover(client: Client, wish: Wish, timeout_s: float | None = None) -> Peer
         Refused, TimedOut, Broken: it can't be reached, or doesn't speak HTTP.
         Unusable: it serves another model, wants a key, or doesn't answer questions.
     """
-    listed = client.get("/v1/models", PAGE_S)
+    page_s = FIRST_PAGE_S if timeout_s is None else PAGE_S
+    listed = client.get("/v1/models", page_s)
     if listed.status in (401, 403):
         raise Unusable(f"{_told(client, listed)}: it wants a key, or another one")
     if listed.status not in (200, 404, 405):
         # transformers serve lists what lies in the hub's cache, and fails where there is no such folder.
-        health = _page(client, "/health")
+        health = _page(client, "/health", page_s)
         if health is None or health.status != 200:
             raise Unusable(_told(client, listed))
     cards = _cards(listed)
-    dialect, health = _identify(client, wish.dialect, cards)
-    version = _version(client)
+    dialect, health = _identify(client, wish.dialect, cards, page_s)
+    version = _version(client, page_s)
     if dialect.name in ("vllm", "trtllm-serve"):
         dialect = replace(dialect, extras={**dialect.extras, **dict(wish.extras)})
     if not wish.guided:
@@ -190,24 +193,24 @@ def _without(peer: Peer, dialect: Dialect, said: str) -> Peer:
     return replace(peer, dialect=dialect, notes=(*peer.notes, text))
 
 
-def _identify(client: Client, wanted: str, cards: Sequence[dict]) -> tuple[Dialect, dict]:
+def _identify(client: Client, wanted: str, cards: Sequence[dict], page_s: float) -> tuple[Dialect, dict]:
     owner = str(cards[0].get("owned_by", "")) if cards else ""
     name = wanted if wanted != "auto" else _OWNERS.get(owner, "")
     health: dict = {}
     if name in ("", "edge-llm"):
-        page = _page(client, "/health")
+        page = _page(client, "/health", page_s)
         body = page.json() if page is not None else None
         health = body if isinstance(body, dict) else {}
         if not name and isinstance(health.get("capabilities"), dict):
             name = "edge-llm"
         elif not name and health.get("status") == "ok" and "x-request-id" in (page.headers if page else {}):
             name = "transformers"
-    return DIALECTS[name or _from_schema(client)], health
+    return DIALECTS[name or _from_schema(client, page_s)], health
 
 
-def _from_schema(client: Client) -> str:
+def _from_schema(client: Client, page_s: float) -> str:
     """The kind that the schema of its pages speaks for."""
-    page = _page(client, "/openapi.json")
+    page = _page(client, "/openapi.json", page_s)
     schema = page.json() if page is not None and page.status == 200 else None
     if not isinstance(schema, dict):
         return "generic"
@@ -263,16 +266,16 @@ def _cards(response: Response) -> list[dict]:
     return [card for card in data if isinstance(card, dict)] if isinstance(data, list) else []
 
 
-def _version(client: Client) -> str:
-    page = _page(client, "/version")
+def _version(client: Client, page_s: float) -> str:
+    page = _page(client, "/version", page_s)
     body = page.json() if page is not None and page.status == 200 else None
     version = body.get("version") if isinstance(body, dict) else None
     return client.hide(version)[:40] if isinstance(version, str) else ""
 
 
-def _page(client: Client, path: str) -> Response | None:
+def _page(client: Client, path: str, page_s: float) -> Response | None:
     try:
-        return client.get(path, PAGE_S)
+        return client.get(path, page_s)
     except (Refused, TimedOut, Broken):
         return None
 
