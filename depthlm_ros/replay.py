@@ -189,10 +189,16 @@ class _Cloud:
     points: np.ndarray
     confidence: np.ndarray
     arrived_s: float
+    # Of `_Player.quiet_s`, when it came.
+    quiet_s: float
 
 
 class _Player:
-    """Publishes recorded messages and collects what the node answers, by the stamp of the image."""
+    """Publishes recorded messages and collects what the node answers, by the stamp of the image.
+
+    Attributes:
+        quiet: whether nothing came while it was last waited.
+    """
 
     def __init__(self, info: BagInfo, process: subprocess.Popen, log_folder: Path) -> None:
         try:
@@ -224,6 +230,11 @@ class _Player:
         self.report: dict[str, str] = {}
         self.reports = 0
         self.sent = 0
+        # Seconds that were waited for a message in vain. Whether something will still come is judged by these: after a
+        # while in which this process could not run, messages that came in time have yet to be handled.
+        self.quiet_s = 0.0
+        self.quiet = False
+        self._handled = 0
 
     def __enter__(self) -> _Player:
         return self
@@ -235,16 +246,19 @@ class _Player:
 
     def _on_cloud(self, message) -> None:
         arrived_s = time.perf_counter()
+        self._handled += 1
         arrays = read_cloud(message)
         points = arrays["points"].reshape(-1, 3)
         known = np.isfinite(points).all(axis=1)
         confidence = arrays["confidence"].reshape(-1)[known]
-        self.clouds[header_stamp_ns(message.header)] = _Cloud(points[known], confidence, arrived_s)
+        self.clouds[header_stamp_ns(message.header)] = _Cloud(points[known], confidence, arrived_s, self.quiet_s)
 
     def _on_depth(self, message) -> None:
+        self._handled += 1
         self.depths[header_stamp_ns(message.header)] = decode_depth(message)
 
     def _on_diagnostics(self, message) -> None:
+        self._handled += 1
         for status in message.status:
             if status.name.startswith(NODE_NAME):
                 self.report = {pair.key: pair.value for pair in status.values}
@@ -253,7 +267,7 @@ class _Player:
     def answered(self, stamp_ns: int) -> bool:
         """Whether all that will come for this image has come."""
         cloud = self.clouds.get(stamp_ns)
-        return cloud is not None and (stamp_ns in self.depths or time.perf_counter() - cloud.arrived_s > _GRACE_S)
+        return cloud is not None and (stamp_ns in self.depths or self.quiet_s - cloud.quiet_s > _GRACE_S)
 
     def count(self, name: str) -> int:
         """A counter of the node's last report, 0 before the first."""
@@ -269,7 +283,11 @@ class _Player:
         Raises:
             EngineError: the node has ended.
         """
+        handled = self._handled
         self._executor.spin_once(timeout_sec=seconds)
+        self.quiet = self._handled == handled
+        if self.quiet:
+            self.quiet_s += seconds
         if self._process.poll() is not None:
             raise EngineError(
                 f"the node ended with status {self._process.returncode}; its log {self._log} ends:\n{self._tail()}"
@@ -285,8 +303,13 @@ class _Player:
                     f"--startup-timeout if the model is large. The end of its log {self._log}:\n{self._tail()}"
                 )
             self.spin()
+        # The node may know of our publishers a moment later than we know of it, and of who listens: best effort doesn't
+        # repeat itself, and a depth image is made only for those that listen.
+        settled_s = time.monotonic() + _GRACE_S
+        while time.monotonic() < settled_s:
+            self.spin()
 
-    def wait_for_report(self, patience_s: float = 3.0) -> None:
+    def wait_for_report(self, patience_s: float = 30.0) -> None:
         """Waits for diagnostics that were made after now, so that they count every frame."""
         deadline, seen = time.monotonic() + patience_s, self.reports
         while self.reports < seen + 2 and time.monotonic() < deadline:
@@ -332,10 +355,6 @@ def _in_lockstep(player: _Player, frames: Iterator[RecordedFrame], options: Repl
 def _in_real_time(player: _Player, frames: Iterator[RecordedFrame], options: ReplayOptions) -> Iterator[AnsweredFrame]:
     """Sends the images when they are due, whatever the node is doing, and yields the answered ones."""
     open_frames: dict[int, tuple[int, RecordedFrame, float]] = {}
-    # The node may know of our publishers a moment later than we know of it, and best effort doesn't repeat itself.
-    settled_s = time.monotonic() + _GRACE_S
-    while time.monotonic() < settled_s:
-        player.spin()
     started_s, first_ns = time.perf_counter(), None
     for index, recorded in enumerate(frames):
         first_ns = recorded.frame.stamp_ns if first_ns is None else first_ns
@@ -348,8 +367,10 @@ def _in_real_time(player: _Player, frames: Iterator[RecordedFrame], options: Rep
     while open_frames and time.monotonic() < deadline:
         player.spin()
         yield from _collected(player, open_frames)
-        # A report from after the last image in which nothing is in work: what is still open will never come.
-        if player.reports >= reports + 2 and player.idle() and not player.clouds.keys() & open_frames.keys():
+        # A report from after the last image in which nothing is in work, and nothing to be handled: what is still open
+        # will never come.
+        done = player.reports >= reports + 2 and player.idle() and player.quiet
+        if done and not player.clouds.keys() & open_frames.keys():
             break
 
 

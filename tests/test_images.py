@@ -194,7 +194,7 @@ def test_on_a_cpu_nothing_is_encoded_ahead(shared_engine):
 
 def test_two_threads_that_prepare_one_image_share_it(reader, monkeypatch):
     """The second one finishes while the first one is at it; whoever encodes it then does so for both."""
-    processor, both = reader._processor, threading.Barrier(2, timeout=20)
+    processor, both = reader._processor, threading.Barrier(2, timeout=120)
     prepare = processor.images
 
     def together(images):

@@ -26,7 +26,7 @@ from depthlm_ros import config
 ROOT = Path(__file__).resolve().parents[1]
 LAUNCH_FILE = ROOT / "launch" / "depthlm.launch.py"
 HAS_LAUNCH = importlib.util.find_spec("launch") is not None and importlib.util.find_spec("launch_ros") is not None
-PATIENCE_S = 60.0
+PATIENCE_S = 300.0
 
 
 class Noted:

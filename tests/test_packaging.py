@@ -260,5 +260,5 @@ def test_rclpy_starts_in_a_child_without_a_home(ros_domain, foreign, tmp_path):
     environment.pop("HOME", None)
     environment["ROS_LOG_DIR"] = str(tmp_path)
     code = "import rclpy; rclpy.init(); rclpy.create_node('child'); rclpy.try_shutdown()"
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -71,7 +72,7 @@ def test_sparse_labels_are_all_compared_and_score_as_in_evaluate(tmp_path, model
 def test_real_time_sends_on_schedule_and_accounts_for_every_frame(tmp_path, model):
     write_bag(tmp_path / "bag", drive(8))
     settings = {"model": model, "device": "cpu", "dialect": "coordinates", "points": 40}
-    run = replay(tmp_path / "bag", settings, ReplayOptions(rate=20, timeout_s=30), log_folder=tmp_path / "log")
+    run = replay(tmp_path / "bag", settings, ReplayOptions(rate=20, timeout_s=300), log_folder=tmp_path / "log")
     figures = run.figures
     assert figures["frames_sent"] == 8
     # Eight images in 70 ms: a model that answers in words can't keep up, and the newest frame wins.
@@ -82,6 +83,37 @@ def test_real_time_sends_on_schedule_and_accounts_for_every_frame(tmp_path, mode
     # Pixels without an answer are wrong, not forgotten.
     asked_below_horizon = sum(frame["compared"] for frame in run.tally.frames)
     assert asked_below_horizon == run.tally.scores()["depth"]["total"] > 0
+
+
+def test_what_came_while_this_process_stood_still_is_not_given_up(monkeypatch):
+    from depthlm_ros import replay as module
+
+    stamp, clock = 7, [0.0]
+    monkeypatch.setattr(module.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(module, "header_stamp_ns", lambda header: stamp)
+    monkeypatch.setattr(module, "read_cloud", lambda message: {"points": np.ones((1, 3)), "confidence": np.ones(1)})
+    monkeypatch.setattr(module, "decode_depth", lambda message: np.ones((2, 2)))
+    player = object.__new__(module._Player)
+    player.clouds, player.depths, player._handled, player.quiet_s = {}, {}, 0, 0.0
+    queue = [player._on_cloud, player._on_depth]
+
+    def spin_once(timeout_sec):
+        # An hour in which only the sender ran.
+        clock[0] += 3600
+        if queue:
+            queue.pop(0)(SimpleNamespace(header=None))
+
+    player._executor = SimpleNamespace(spin_once=spin_once)
+    player._process = SimpleNamespace(poll=lambda: None)
+    player.spin()
+    assert not player.answered(stamp) and not player.quiet
+    player.spin()
+    assert player.answered(stamp) and stamp in player.depths
+    del player.depths[stamp]
+    assert not player.answered(stamp)
+    for _ in range(round(module._GRACE_S / module._POLL_S) + 1):
+        player.spin()
+    assert player.answered(stamp) and player.quiet
 
 
 def test_no_cloud_makes_exit_code_1_and_says_why(tmp_path, bag, model, capsys):

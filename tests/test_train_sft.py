@@ -459,14 +459,16 @@ def test_two_processes_with_sharded_weights_do_what_one_does(folder, tmp_path):
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe | {"train": settings | {"parallel": "fsdp2"}}))
     script = tmp_path / "run.py"
     script.write_text(
-        "import sys\nimport conftest\nfrom depthlm_training import sft\nsys.exit(sft.main(sys.argv[1:]))\n"
+        "import sys\nimport conftest\nfrom depthlm_training import parallel, sft\n"
+        "parallel.end_process(sft.main(sys.argv[1:]))\n"
     )
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     paths = os.pathsep.join([str(Path(__file__).parent), os.environ["PYTHONPATH"]])
-    subprocess.run(
+    done = subprocess.run(
         [*torchrun, str(script), str(tmp_path / "recipe.yaml")],
-        env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}, check=True, capture_output=True, timeout=100,
+        env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
+    assert done.returncode == 0, done.stderr
     alone = build(sft.TextRecipe, recipe | {"train": settings, "run": str(tmp_path / "one")})
     train(sft.open_objective(alone), alone.train, alone.run)
     one, two = (

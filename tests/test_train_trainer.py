@@ -128,7 +128,7 @@ def shared_runs(tmp_path_factory) -> Path:
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
     try:
-        said, _ = process.communicate(timeout=100)
+        said, _ = process.communicate(timeout=600)
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
@@ -175,7 +175,7 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path):
     arguments = ["steps=12", "checkpoint_every=3", "log_every=5"]
     train(ToyObjective(), settings(*arguments), tmp_path / "whole")
     process = subprocess.Popen([*TOY, str(tmp_path / "killed"), *arguments, "slow_from=17"], stderr=subprocess.DEVNULL)
-    until = time.monotonic() + 100
+    until = time.monotonic() + 600
     while not found(tmp_path / "killed") and process.poll() is None and time.monotonic() < until:
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)

@@ -65,7 +65,7 @@ class Make:
         if k >= self.nan_from:
             x[0] = np.nan
         if k >= self.slow_from:
-            time.sleep(60)
+            time.sleep(3600)
         return x, np.sin(x.sum(1))
 
 

@@ -23,7 +23,7 @@ from depthlm_ros.errors import DepthLMError, TrainingError
 from depthlm_training.states import found
 
 STEPS = 6
-_PATIENCE_S = 120.0
+_PATIENCE_S = 600.0
 _DEPTHLM = (sys.executable, "-m", "depthlm_ros.cli")
 
 
