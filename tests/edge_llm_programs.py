@@ -6,8 +6,23 @@ an error here, although the real ones would leave out an unknown field.
 
 from __future__ import annotations
 
+import subprocess
 import sys
+import time
 from pathlib import Path
+
+
+class Patient(subprocess.Popen):
+    """A program whose time-out begins once `began` is there, however long it takes to start."""
+
+    began: Path
+
+    def communicate(self, *given, **named):
+        until = time.monotonic() + 60.0
+        while not self.began.exists() and time.monotonic() < until:
+            time.sleep(0.01)
+        return super().communicate(*given, **named)
+
 
 HELP = """Usage: llm_inference [--help] [--engineDir=<path>] [--multimodalEngineDir=<path>] [--inputFile=<path>]
   --outputFile          Path to output JSON file
@@ -33,8 +48,9 @@ if args.help:
     sys.exit(0)
 if MODE == "hang":
     print("[INFO] Loading engine", flush=True)
+    Path(LOG).touch()
     child = os.fork()
-    time.sleep(120)
+    time.sleep(600)
 if MODE == "fail":
     print("[INFO] args.inputFile\n[ERROR] Failed to initialize runtime: no CUDA device")
     sys.exit(1)

@@ -38,6 +38,7 @@ class Release:
         keeps_timeouts: whether `RequestOutput.result` gives up in time.
         fails_on: requests whose prompt holds this text fail; empty for none.
         seconds: that each request takes at least.
+        together: nothing is answered before so many requests were under way at once; 0 waits for none.
         log: what happened, in order.
     """
 
@@ -48,6 +49,7 @@ class Release:
     keeps_timeouts: bool = True
     fails_on: str = ""
     seconds: float = 0.0
+    together: int = 0
     log: list[tuple[str, Any]] = field(default_factory=list)
 
     def told(self, event: str) -> list[Any]:
@@ -181,7 +183,8 @@ class _Runs:
         self._engine = TransformersEngine.load(folder, device="cpu", dtype="float32", plain=True)
         self._pool = ThreadPoolExecutor(1)
         self._first: dict[tuple, list[int]] = {}
-        self._under_way = 0
+        self._under_way = self._most = 0
+        self._lock, self._made = threading.Lock(), time.monotonic()
 
     def start(
         self, kind: type, inputs: Any, sampling_params: Any, cache_salt: str | None = None, **rest: Any
@@ -191,8 +194,10 @@ class _Runs:
         running = kind.__new__(kind)
         running.prompt, running._outcome = inputs["prompt"], None
         running._done, running._aborted = threading.Event(), threading.Event()
-        self._under_way += 1
-        self._release.log.append(("under way", self._under_way))
+        with self._lock:
+            self._under_way += 1
+            self._most = max(self._most, self._under_way)
+            self._release.log.append(("under way", self._under_way))
         self._release.log.append(("start", (inputs["prompt"], cache_salt)))
         self._pool.submit(self._run, running, inputs, sampling_params, cache_salt)
         return running
@@ -203,7 +208,7 @@ class _Runs:
     def _run(self, running: Any, inputs: dict, sampling: Any, salt: str | None) -> None:
         try:
             until = time.monotonic() + self._release.seconds
-            while time.monotonic() < until and not running._aborted.is_set():
+            while (time.monotonic() < until or self._few()) and not running._aborted.is_set():
                 time.sleep(0.005)
             if running._aborted.is_set():
                 running.outputs = [SimpleNamespace(text="", token_ids=[], finish_reason="cancelled", logprobs=None)]
@@ -214,9 +219,14 @@ class _Runs:
         except Exception as error:
             running._outcome = error
         finally:
-            self._under_way -= 1
+            with self._lock:
+                self._under_way -= 1
             self._release.log.append(("done", inputs["prompt"]))
             running._done.set()
+
+    def _few(self) -> bool:
+        """Whether fewer than are waited for were under way at once; not for ever, so that a test can say so."""
+        return self._most < self._release.together and time.monotonic() < self._made + 120
 
     def _answer(self, inputs: dict, sampling: Any, salt: str | None) -> Any:
         images = [np.array(image) for image in inputs.get("multi_modal_data", {}).get("image", ())]

@@ -19,10 +19,10 @@ import pytest
 import yaml
 from checkpoints import make_checkpoint
 from edge_llm_bindings import Runtime, bindings
-from edge_llm_programs import llm_inference, write_program
+from edge_llm_programs import Patient, llm_inference, write_program
 
 from depthlm_ros.cards import CARD_FILE, load_card
-from depthlm_ros.engines import load_engine
+from depthlm_ros.engines import edge_llm_command, load_engine
 from depthlm_ros.engines.options import EngineOptions
 from depthlm_ros.errors import DialectError, EngineError, MissingDependencyError, ModelError
 from depthlm_ros.manifest import Manifest, sha256_of, write_manifest
@@ -170,13 +170,15 @@ def test_whatever_the_program_does_wrong_is_an_error_with_its_last_lines(export,
 
 
 def test_a_program_that_takes_too_long_is_stopped_with_its_children(export, tmp_path, monkeypatch):
-    use(monkeypatch, llm_inference(tmp_path / "llm_inference", "hang"))
+    program = use(monkeypatch, llm_inference(tmp_path / "llm_inference", "hang"))
     engine = load(export)
-    engine.deadline = time.monotonic() + 1.0
+    monkeypatch.setattr(Patient, "began", program.with_suffix(".log"), raising=False)
+    monkeypatch.setattr(edge_llm_command.subprocess, "Popen", Patient)
+    engine.deadline = time.monotonic() + 2.0
     with pytest.raises(EngineError, match="(?s)loads the model in every run.*Loading engine"):
         engine.answer_shared(image(1), ["a"], 16)
-    # A child that went on would keep the pipe open, and the call with it, for two minutes.
-    assert time.monotonic() - engine.deadline < 60
+    # A child that went on would keep the pipe open, and the call with it, for ten minutes.
+    assert time.monotonic() - engine.deadline < 100
     with pytest.raises(EngineError, match="too late"):
         engine.answer_shared(image(1), ["a"], 16)
 

@@ -12,11 +12,12 @@ import torch
 import yaml
 from checkpoints import make_checkpoint
 from edge_llm_exports import write_export
-from edge_llm_programs import write_program
+from edge_llm_programs import Patient, write_program
 from safetensors.torch import load_file, save_file
 
 from depthlm_ros.camera import Camera
 from depthlm_ros.cards import CARD_FILE
+from depthlm_ros.engines import edge_llm_command
 from depthlm_ros.engines.checkpoint import open_checkpoint
 from depthlm_ros.errors import ConfigError, DialectError, EngineError, MissingDependencyError, ModelError
 from depthlm_ros.estimator import Estimator
@@ -99,12 +100,16 @@ def test_an_exporter_without_memory_is_told_apart(tmp_path):
         run_exporter(write_program(tmp_path / "p", text), Path("/in"), tmp_path / "out")
 
 
-def test_an_exporter_that_never_ends_is_stopped_with_its_children(tmp_path):
-    program = write_program(tmp_path / "p", "import os, time\nos.fork()\nprint('busy', flush=True)\ntime.sleep(100)")
+def test_an_exporter_that_never_ends_is_stopped_with_its_children(tmp_path, monkeypatch):
+    text = "import os, sys, time\nprint('busy', flush=True)\nos.fork()\nopen(sys.argv[2], 'w')\ntime.sleep(600)"
+    program = write_program(tmp_path / "p", text)
+    monkeypatch.setattr(Patient, "began", tmp_path / "out", raising=False)
+    monkeypatch.setattr(edge_llm_command.subprocess, "Popen", Patient)
     started = time.monotonic()
     with pytest.raises(EngineError, match="(?s)wasn't done after 0.5 s.*busy"):
         run_exporter(program, Path("/in"), tmp_path / "out", 0.5)
-    assert time.monotonic() - started < 60
+    # A child that went on would keep the pipe open, and the call with it, for ten minutes.
+    assert time.monotonic() - started < 100
 
 
 def test_float32_weights_are_handed_over_in_float16(checkpoint, tmp_path):

@@ -99,18 +99,20 @@ def test_the_first_question_about_an_image_is_answered_before_the_others_start(q
 
 
 def test_without_reuse_nothing_waits_and_the_llm_is_told(qwen3_vl_checkpoint, installed):
-    release = installed(seconds=0.02)
+    release = installed()
     engine = load(qwen3_vl_checkpoint, prefix_reuse=False)
     assert release.told("LLM")[0]["kv_cache_config"].enable_block_reuse is False
     release.log.clear()
+    release.together = len(QUESTIONS)
     engine.answer_shared(noise(), QUESTIONS, 2)
-    assert max(release.told("under way")) > 4
+    assert max(release.told("under way")) == len(QUESTIONS)
     engine.close()
 
 
 def test_no_more_requests_are_under_way_than_are_allowed(qwen3_vl_checkpoint, installed):
-    release = installed(seconds=0.01)
-    engine = load(qwen3_vl_checkpoint, batch_size=3)
+    release = installed()
+    engine = load(qwen3_vl_checkpoint, batch_size=3, prefix_reuse=False)
+    release.together = 3
     engine.answer_shared(noise(), QUESTIONS, 2)
     assert max(release.told("under way")) == 3
     engine.close()
@@ -196,12 +198,14 @@ def test_reuse_that_mixes_images_is_found_and_switched_off(qwen3_vl_checkpoint, 
 def test_requests_are_stopped_at_the_deadline_whatever_result_does(qwen3_vl_checkpoint, installed, keeps_timeouts):
     release = installed(keeps_timeouts=keeps_timeouts)
     engine = load(qwen3_vl_checkpoint)
-    release.seconds = 30.0
-    engine.deadline = time.monotonic() + 0.3
+    release.seconds = 300.0
+    release.log.clear()
+    engine.deadline = time.monotonic() + 2.0
     with pytest.raises(EngineError, match="0 of 9 questions by the deadline"):
         engine.answer_each([noise(i) for i in range(9)], QUESTIONS, NEW_TOKENS)
-    assert time.monotonic() - engine.deadline < 15
-    assert len(release.told("abort")) == 9
+    assert time.monotonic() - engine.deadline < 60
+    # On a slow machine not all have been started by then.
+    assert len(release.told("abort")) == len(release.told("start")) > 0
     release.seconds, engine.deadline = 0.0, None
     own = reference(qwen3_vl_checkpoint)
     said = engine.answer_shared(noise(), QUESTIONS[:2], NEW_TOKENS)
