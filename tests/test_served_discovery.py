@@ -18,6 +18,7 @@ from depthlm_ros.cards import load_card
 from depthlm_ros.engines.options import EngineOptions
 from depthlm_ros.engines.served.address import Address, Key
 from depthlm_ros.engines.served.client import Client
+from depthlm_ros.engines.served.discovery import FIRST_PAGE_S, PAGE_S
 from depthlm_ros.engines.served.engine import load_served, open_served
 from depthlm_ros.engines.served.servers import Server, Servers
 from depthlm_ros.errors import EngineError, MissingDependencyError
@@ -79,6 +80,25 @@ def test_the_guide_of_an_unknown_server_is_found_by_trying():
         assert engine.answer_shared(IMAGE, ["?"], 8, expects="It is {number} m.")[0].text.startswith("It is ")
         engine.close()
     assert any("guided_decoding" in reason for reason in engine.info.reasons)
+
+
+def test_a_page_is_waited_for_longer_at_the_start_where_nobody_asks_again(monkeypatch):
+    waits, get = [], Client.get
+    monkeypatch.setattr(Client, "get", lambda self, path, wait_s: waits.append(wait_s) or get(self, path, wait_s))
+    with FaultServer() as server:
+        engine = load(server.url)
+        assert set(waits) == {FIRST_PAGE_S}
+        waits.clear()
+        server.stop()
+        with pytest.raises(EngineError, match="no server answers"):
+            engine.answer_shared(IMAGE, ["?"], 8)
+        server.start()
+        began = time.monotonic()
+        while engine.complaints:
+            assert time.monotonic() - began < 20.0, engine.complaints
+            time.sleep(0.02)
+        engine.close()
+        assert set(waits) == {PAGE_S}
 
 
 def test_a_server_that_cannot_list_its_models_is_asked_by_the_name_given():
