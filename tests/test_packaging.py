@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import fcntl
 import os
 import re
 import shlex
@@ -14,7 +15,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-from conftest import DOMAINS, ROOT, foreign_environment, reserved_ros_domain
+from conftest import DOMAINS, ROOT, clear_shared_memory, foreign_environment, reserved_ros_domain
 
 import depthlm_ros
 from depthlm_ros import config
@@ -251,6 +252,18 @@ def test_two_reservations_never_share_a_ros_domain():
         assert first != second
         assert {first, second} <= set(DOMAINS)
         assert os.environ["ROS_DOMAIN_ID"] == str(second)
+
+
+def test_shared_memory_of_ended_nodes_is_given_back_and_that_of_others_left_alone(tmp_path):
+    for name in ("dead", "alive", "port7000"):
+        (tmp_path / f"fastdds_{name}").write_text("segment")
+        (tmp_path / f"fastdds_{name}_el").touch()
+    with (tmp_path / "fastdds_alive_el").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        clear_shared_memory(tmp_path)
+        assert len(list(tmp_path.iterdir())) == 6
+        clear_shared_memory(tmp_path, aged_s=0.0)
+    assert {path.name.split("_")[1] for path in tmp_path.iterdir()} == {"alive", "port7000"}
 
 
 @pytest.mark.ros
