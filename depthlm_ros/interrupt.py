@@ -10,6 +10,7 @@ import time
 from typing import Any
 
 from depthlm_ros.engines.edge_llm_command import end_all
+from depthlm_ros.middleware import release_shared_memory
 
 # A terminal and ros2 launch tell one Ctrl-C within this time; so many of them end the process wherever it is.
 _ONE_CTRL_C_S = 1.0
@@ -63,6 +64,7 @@ class Interrupt:
         self._count += 1
         if self._count == _CTRL_CS_TO_END:
             os.write(2, b"depth_node: ended by the third Ctrl-C\n")
+            release_shared_memory()
             end_all()
             os._exit(128 + signal.SIGINT)
 

@@ -42,7 +42,7 @@ from depthlm_ros.errors import ConfigError, DepthLMError
 from depthlm_ros.frames import DEPTH_TOPICS, Arrival, FramePath
 from depthlm_ros.inference import Inference, check_model, spoken_dialect
 from depthlm_ros.interrupt import Interrupt
-from depthlm_ros.middleware import use_large_message_profile
+from depthlm_ros.middleware import release_shared_memory, use_large_message_profile
 from depthlm_ros.monitor import Monitor
 from depthlm_ros.outputs import DEPTH_OUTPUTS, POSE_OUTPUT, diagnostics_message
 from depthlm_ros.question_topics import QuestionTopics
@@ -453,6 +453,7 @@ def main(args: list[str] | None = None, load: EstimatorFactory = load_estimator)
         # A forward pass can't be interrupted, and the interpreter's own end would wait for it or crash in it.
         sys.stdout.flush()
         sys.stderr.flush()
+        release_shared_memory()
         end_all()
         os._exit(status)
     interrupt.restore()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
 import shutil
 import signal
@@ -61,6 +63,15 @@ class NodeProcess:
     @property
     def log(self) -> str:
         return "".join(self.lines)
+
+    def segments(self) -> list[Path]:
+        """Files of the shared memory that Fast DDS has made in this process."""
+        found = []
+        for entry in Path(f"/proc/{self.process.pid}/fd").iterdir():
+            with contextlib.suppress(OSError):
+                if re.fullmatch(r"/dev/shm/fastdds_[0-9a-f]+_el", name := os.readlink(entry)):
+                    found += [Path(name), Path(name.removesuffix("_el"))]
+        return found
 
     def stop(self) -> int:
         """Ctrl-C; returns the exit status."""
@@ -433,8 +444,10 @@ def test_ctrl_c_that_a_library_swallows_while_the_model_loads_can_be_repeated(ro
         wait(process, lambda: process.log.count("counted") == count - 1, f"Ctrl-C {count - 1}")  # noqa: B023
         # What comes sooner than a second is the same Ctrl-C, told twice; the last one was noted before it was told.
         time.sleep(1.2 if count > 1 else 0)
+        segments = process.segments()
         process.process.send_signal(signal.SIGINT)
     assert process.process.wait(PATIENCE_S) == (130 if stubborn else 0), process.log
+    assert not any(segment.exists() for segment in segments)
     process.reader.join(PATIENCE_S)
     assert ("ended by the third Ctrl-C" in process.log) == stubborn
 
@@ -453,6 +466,7 @@ def test_signals_within_a_second_are_one_ctrl_c_and_none_counts_once_the_node_is
     monkeypatch.setattr(module.os, "_exit", end)
     # Nothing could be started after it, and this process goes on.
     monkeypatch.setattr(module, "end_all", lambda: None)
+    monkeypatch.setattr(module, "release_shared_memory", lambda: None)
 
     def told(*seconds: float, muted: bool = False) -> list[str]:
         interrupt, seen = module.Interrupt(), []
@@ -525,8 +539,10 @@ def test_ctrl_c_ends_the_process_although_the_frame_in_work_takes_ten_minutes(ro
     wait(process, lambda: camera.infos.get_subscription_count() > 0, "the node to subscribe to camera_info")
     camera.send(rgb_message(picture(1), 1, FRAME), 1, process, lambda: "in work" in process.log)
     camera.close()
+    segments = process.segments()
     assert process.stop() == 0, process.log
     assert "Traceback" not in process.log
+    assert not any(segment.exists() for segment in segments), "64 MB are lost until the machine restarts"
 
 
 FULL_HD_SCRIPT = """
