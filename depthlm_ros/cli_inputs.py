@@ -25,6 +25,10 @@ def add_camera_arguments(parser: argparse.ArgumentParser, description: str, of: 
     )
 
 
+CAMERA_ARGUMENTS = ("camera", "size", "fx", "fy", "cx", "cy", "fov_deg")
+"""Of `add_one_camera_arguments`; None where they weren't given."""
+
+
 def add_one_camera_arguments(parser: argparse.ArgumentParser, description: str) -> None:
     """Adds the options of a camera without an image: a calibration file, or its size and those of its lens."""
     add_camera_arguments(parser, description)

@@ -6,7 +6,7 @@ import argparse
 from dataclasses import fields
 from pathlib import Path
 
-from depthlm_ros.cli_inputs import add_one_camera_arguments, one_camera
+from depthlm_ros.cli_inputs import CAMERA_ARGUMENTS, add_one_camera_arguments, one_camera
 from depthlm_ros.errors import ConfigError, MissingDependencyError
 from depthlm_ros.manifest import TARGETS
 
@@ -95,7 +95,7 @@ def _add_export(commands) -> None:
     run = parser.add_argument_group("a training's model")
     run.add_argument("--step", type=int, help="of the checkpoint; default: the newest")
     run.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights (default float32)"
+        "--dtype", choices=("float32", "bfloat16"), help="of the weights (default float32)"
     )
     run.add_argument(
         "--scores",
@@ -142,18 +142,26 @@ def _export(arguments: argparse.Namespace) -> int:
     except ModuleNotFoundError as error:
         raise _without_training(error) from error
     options = TargetOptions(**{field.name: getattr(arguments, field.name) for field in fields(TargetOptions)})
+    engine = (*(field.name for field in fields(options)), *CAMERA_ARGUMENTS)
+    given = [f"--{name.replace('_', '-')}" for name in engine if getattr(arguments, name) not in ("", None)]
     if arguments.target is None:
-        if options != TargetOptions():
-            wrong = [field.name for field in fields(options) if getattr(options, field.name) not in ("", None)]
-            raise ConfigError(f"no --target, but {', '.join(wrong)} of an engine; say which target to make")
+        if given:
+            raise ConfigError(f"no --target, but {', '.join(given)} of an engine; say which target to make")
         made = export(
-            Path(arguments.source), arguments.out, step=arguments.step, dtype=arguments.dtype, scores=arguments.scores
+            Path(arguments.source),
+            arguments.out,
+            step=arguments.step,
+            dtype=arguments.dtype or "float32",
+            scores=arguments.scores,
         )
         print(f"wrote {made.folder}: step {made.step}, dialects {', '.join(made.card.dialects) or 'none'}")
         print(f"its answers differ from the run's by {made.difference:.1e} of their spread")
         return 0
-    if arguments.step is not None or arguments.scores:
-        raise ConfigError("--step and --scores are of a training's model; leave them out with --target")
+    if arguments.step is not None or arguments.dtype is not None or arguments.scores:
+        raise ConfigError(
+            "--step, --dtype and --scores are of a training's model; leave them out with --target, "
+            "which has --precision"
+        )
     manifest = export_target(arguments.source, arguments.out, arguments.target, one_camera(arguments), options)
     print(f"wrote {arguments.out}: {manifest.target} in {manifest.precision}, dialects {', '.join(manifest.dialects)}")
     for name, value in (*manifest.image.items(), *manifest.extra.items()):

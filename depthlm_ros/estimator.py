@@ -345,6 +345,7 @@ class Estimator:
                 f"{seen[1]!r} in dialect {seen[2]!r}. Use readout 'exact'"
             )
 
+
 @remember(4)
 def _pixel_rays(camera: Camera, pixels: np.ndarray) -> np.ndarray:
     return camera.rays(pixels)

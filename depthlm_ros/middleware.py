@@ -1,4 +1,4 @@
-"""Makes Fast DDS carry camera images: its defaults lose nearly all large best-effort messages between processes."""
+"""Makes Fast DDS carry camera images, of which its defaults lose nearly all, and tidies up after it."""
 
 from __future__ import annotations
 
@@ -41,16 +41,23 @@ def release_shared_memory(open_files: Path = Path("/proc/self/fd")) -> None:
     Each is 64 MB of memory with our profile, until the machine restarts. Who has one open goes on reading it.
 
     Args:
-        open_files: of the process: Fast DDS holds a lock on a file beside each segment that is its own.
+        open_files: of the process.
     """
-    if not open_files.is_dir():
-        return
-    for entry in open_files.iterdir():
-        with contextlib.suppress(OSError):
-            lock = entry.readlink()
-            if re.fullmatch(r"fastdds_[0-9a-f]+_el", lock.name):
-                lock.with_name(lock.name.removesuffix("_el")).unlink(missing_ok=True)
-                lock.unlink()
+    # Whatever happens here, the process is to end.
+    with contextlib.suppress(OSError):
+        for entry in open_files.iterdir():
+            with contextlib.suppress(OSError):
+                lock = entry.readlink()
+                # Fast DDS holds a lock on a file beside each segment of its own; those of others it opens for a look.
+                if re.fullmatch(r"fastdds_[0-9a-f]+_el", lock.name) and _is_locked(entry):
+                    lock.with_name(lock.name.removesuffix("_el")).unlink(missing_ok=True)
+                    lock.unlink()
+
+
+def _is_locked(entry: Path) -> bool:
+    """Whether the process has a lock on the open file that an entry of /proc/.../fd stands for."""
+    told = (entry.parent.parent / "fdinfo" / entry.name).read_text(encoding="ascii", errors="replace")
+    return any(line.startswith("lock:") for line in told.splitlines())
 
 
 def _has_fast_dds_3() -> bool:

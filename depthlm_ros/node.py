@@ -27,6 +27,8 @@ from diagnostic_msgs.msg import DiagnosticArray
 from rcl_interfaces.msg import SetParametersResult
 from rclpy.clock import Clock, ClockType
 from rclpy.event_handler import PublisherEventCallbacks, SubscriptionEventCallbacks
+from rclpy.exceptions import NotInitializedException
+from rclpy.executors import ExternalShutdownException
 from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
 from rclpy.parameter import Parameter
 from rclpy.qos import QoSProfile
@@ -55,6 +57,9 @@ if TYPE_CHECKING:
 # Fast enough that nobody waits for the first cloud, slow enough to cost nothing.
 _HOUSEKEEPING_S = 0.1
 _DIAGNOSTICS_S = 1.0
+# A signal ends rclpy's context first, and then whatever rclpy is about fails in a way of its own. RCLError and
+# InvalidHandle are RuntimeErrors.
+_OF_AN_ENDED_CONTEXT = (RuntimeError, ExternalShutdownException, NotInitializedException, ValueError)
 
 EstimatorFactory = Callable[[Parameters], "Estimator"]
 
@@ -439,11 +444,12 @@ def main(args: list[str] | None = None, load: EstimatorFactory = load_estimator)
             except ConfigError as error:
                 print(f"depth_node: {error}", file=sys.stderr)
                 status = 1
-            except Exception:
-                # A signal ends rclpy's context first, and then whatever rclpy is about fails in a way of its own: as
-                # RCLError, InvalidHandle, ExternalShutdownException, NotInitializedException or ValueError.
+            except Exception as error:
                 if rclpy.ok():
-                    raise
+                    traceback.print_exc()
+                    status = 1
+                elif not isinstance(error, _OF_AN_ENDED_CONTEXT):
+                    print(f"depth_node: while it was told to end: {type(error).__name__}: {error}", file=sys.stderr)
         interrupt.ignore()
     except KeyboardInterrupt:
         interrupt.ignore()

@@ -37,7 +37,7 @@ from depthlm_ros.evaluate import (
     up_to_failure,
 )
 from depthlm_ros.messages import header_stamp_ns, read_cloud
-from depthlm_ros.middleware import use_large_message_profile
+from depthlm_ros.middleware import release_shared_memory, use_large_message_profile
 from depthlm_ros.queries import plan_query, points_asked
 
 # Above 101 the ports of a domain (7400 + 250 * domain) run into those that Linux hands out itself.
@@ -176,6 +176,8 @@ def _end(process: subprocess.Popen) -> None:
     for how, patience_s in ((signal.SIGINT, 5.0), (signal.SIGTERM, 5.0), (signal.SIGKILL, 5.0)):
         if process.poll() is not None:
             return
+        if how == signal.SIGKILL:
+            release_shared_memory(Path(f"/proc/{process.pid}/fd"))
         process.send_signal(how)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(patience_s)
@@ -198,6 +200,8 @@ class _Player:
 
     Attributes:
         quiet: whether nothing came while it was last waited.
+        quiet_s: seconds that were waited for a message in vain. Whether something will still come is judged by these:
+            after a while in which this process could not run, messages that came in time have yet to be handled.
     """
 
     def __init__(self, info: BagInfo, process: subprocess.Popen, log_folder: Path) -> None:
@@ -230,8 +234,6 @@ class _Player:
         self.report: dict[str, str] = {}
         self.reports = 0
         self.sent = 0
-        # Seconds that were waited for a message in vain. Whether something will still come is judged by these: after a
-        # while in which this process could not run, messages that came in time have yet to be handled.
         self.quiet_s = 0.0
         self.quiet = False
         self._handled = 0
@@ -310,7 +312,10 @@ class _Player:
             self.spin()
 
     def wait_for_report(self, patience_s: float = 30.0) -> None:
-        """Waits for diagnostics that were made after now, so that they count every frame."""
+        """Waits for diagnostics that were made after now, so that they count every frame.
+
+        They come once a second; only a node that hangs, or a machine that stands still, needs the patience.
+        """
         deadline, seen = time.monotonic() + patience_s, self.reports
         while self.reports < seen + 2 and time.monotonic() < deadline:
             self.spin()

@@ -21,7 +21,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from depthlm_ros.bench import floor as floors
 from depthlm_ros.bench import measure
 from depthlm_ros.bench.ceilings import Ceilings
-from depthlm_ros.bench.contenders import Batched, Frame, Official, Ours, Stock, make_frame, synthetic_image
+from depthlm_ros.bench.contenders import Batched, Frame, Official, Ours, Stock, make_frame
+from depthlm_ros.bench.pictures import synthetic_image
 from depthlm_ros.bench.profiling import kind_of, shares
 from depthlm_ros.bench.rounds import Entry, Measured, compare, ratio, reference_answers, run_rounds
 from depthlm_ros.bench.served import Served, same_text

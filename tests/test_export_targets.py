@@ -131,8 +131,11 @@ def test_an_engine_for_words_is_not_what_a_graph_is(exported):
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["--gpu", "H100", "--batch", "2"], "no --target, but gpu, batch of an engine"),
-        (["--target", "onnx", "--step", "3"], "--step and --scores are of a training's model"),
+        (["--gpu", "H100", "--question-tokens", "2"], "no --target, but --gpu, --question-tokens of an engine"),
+        (["--camera", "front.yaml"], "no --target, but --camera of an engine"),
+        (["--size", "640x480", "--fx", "500"], "no --target, but --size, --fx of an engine"),
+        (["--target", "onnx", "--step", "3"], "--step, --dtype and --scores are of a training's model"),
+        (["--target", "onnx", "--dtype", "bfloat16"], "which has --precision"),
         (["--target", "onnx"], "give its calibration file with --camera, or --size"),
         (["--target", "onnx", "--size", "640x480"], "neither --fx nor --fov-deg"),
         (["--target", "onnx", "--camera", "nowhere.yaml"], "nowhere.yaml is no calibration"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -13,7 +14,7 @@ from fault_server import FaultServer
 
 from depthlm_ros.camera import Camera
 from depthlm_ros.engines.checkpoint import open_checkpoint, open_processor
-from depthlm_ros.engines.image_sizes import ImageSizes
+from depthlm_ros.engines.image_sizes import ImageSizes, Qwen2VLImageProcessorPil
 from depthlm_ros.engines.options import EngineOptions
 from depthlm_ros.engines.processor import PromptProcessor
 from depthlm_ros.errors import ImageError
@@ -110,6 +111,22 @@ with Estimator.load("demo", engine="openai", options=options, check_parity=False
     result = estimator.estimate(image, camera, pixels, dialect="coordinates")
 print(json.dumps({"answers": result.answers, "depth_m": result.depth_m.tolist()}))
 """
+
+
+@pytest.mark.parametrize("folder", ["qwen3_vl"], indirect=True)
+@pytest.mark.parametrize("also", [False, True], ids=["alone", "beside an older file"])
+def test_limits_in_the_file_of_the_whole_processor_are_those_that_transformers_takes(folder, also, tmp_path):
+    folder = shutil.copytree(folder, tmp_path / "model")
+    path = folder / "preprocessor_config.json"
+    own = json.loads(path.read_text())
+    own["size"] = {"shortest_edge": 65536, "longest_edge": 262144}
+    (folder / "processor_config.json").write_text(json.dumps({"image_processor": own}))
+    if not also:
+        path.unlink()
+    sizes = ImageSizes(open_processor(folder))
+    stock = Qwen2VLImageProcessorPil.from_pretrained(folder, local_files_only=True)
+    assert (sizes.grid.min_pixels, sizes.grid.max_pixels) == (65536, 262144)
+    assert (stock.size["shortest_edge"], stock.size["longest_edge"]) == (65536, 262144)
 
 
 # Newer ones don't want what 4.57 has.

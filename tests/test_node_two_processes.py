@@ -434,6 +434,36 @@ os._exit(0)
 """
 
 
+@pytest.mark.parametrize("ended", [False, True], ids=["while it runs", "after a signal"])
+def test_a_fault_of_the_node_itself_is_told_and_leaves_nothing_behind(ros_domain, ended):
+    process = NodeProcess([sys.executable, "-c", FAULTY_NODE, str(int(ended))])
+    assert process.process.wait(PATIENCE_S) == (0 if ended else 1), process.log
+    process.reader.join(PATIENCE_S)
+    assert "closed" in process.log and "AttributeError: no such thing" in process.log
+    assert ("Traceback" in process.log) != ended
+    assert ("while it was told to end" in process.log) == ended
+
+
+FAULTY_NODE = """
+import sys
+import rclpy
+from depthlm_ros import node
+
+def fault(_):
+    if int(sys.argv[1]):
+        rclpy.shutdown()
+    raise AttributeError("no such thing")
+
+def close(self, *arguments):
+    print("closed", flush=True)
+    return closed(self, *arguments)
+
+closed, node.DepthNode.close = node.DepthNode.close, close
+node.rclpy.spin = fault
+sys.exit(node.main(["--ros-args", "-p", "autostart:=false", "-p", "model:=/nowhere"]))
+"""
+
+
 @pytest.mark.parametrize("how", ["swallowed once", "always swallowed", "a library computes"])
 def test_ctrl_c_that_a_library_swallows_while_the_model_loads_can_be_repeated(ros_domain, how):
     process = NodeProcess([sys.executable, "-c", SWALLOWING_NODE, how])

@@ -313,9 +313,11 @@ def test_a_refusal_without_json_is_quoted():
         # By the server's clock, whatever ours says.
         ({"retry-after": "Sat, 01 Mar 2031 10:00:07 GMT", "date": "Sat, 01 Mar 2031 10:00:00 GMT"}, 7.0),
         ({"retry-after": "Sat, 01 Mar 2031 10:00:07 -0000", "date": "Sat, 01 Mar 2031 10:00:00 GMT"}, 7.0),
-        ({"retry-after": "Sat, 01 Mar 2031 10:00:00 GMT", "date": "Sat, 01 Mar 2031 10:00:07 GMT"}, 0.0),
+        ({"retry-after": "Sat, 01 Mar 2031 10:00:00 GMT", "date": "Sat, 01 Mar 2031 10:00:07 GMT"}, None),
         ({"retry-after": "Sun, 02 Mar 2031 10:00:00 GMT", "date": "Sat, 01 Mar 2031 10:00:00 GMT"}, None),
-        ({"retry-after": "Sat, 01 Mar 2003 10:00:00 GMT", "date": "a moment ago"}, 0.0),
+        ({"retry-after": "Sat, 01 Mar 2003 10:00:00 GMT", "date": "a moment ago"}, None),
+        ({"retry-after": "Wed, 21 Oct 99999999999 07:28:00 GMT"}, None),
+        ({"retry-after": "soon", "date": "Wed, 21 Oct 99999999999 07:28:00 GMT"}, None),
     ],
 )
 def test_retry_after_is_read_as_seconds_or_as_a_date(headers, seconds):

@@ -12,8 +12,9 @@ import torch
 
 from depthlm_ros.bench.ceilings import Ceilings
 from depthlm_ros.bench.command import MARKED_TO_TEACH
-from depthlm_ros.bench.contenders import Batched, Frame, Stock, make_contender, make_frame, synthetic_image
+from depthlm_ros.bench.contenders import Batched, Frame, Stock, make_contender, make_frame
 from depthlm_ros.bench.floor import Counts, describe, frame_parts
+from depthlm_ros.bench.pictures import synthetic_image
 from depthlm_ros.bench.profiling import profile_frame
 from depthlm_ros.bench.report import FrameFloor, Results, machine
 from depthlm_ros.bench.rounds import Entry, compare, reference_answers, run_rounds

@@ -26,7 +26,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from depthlm_ros.bench.contenders import synthetic_image
+from depthlm_ros.bench.pictures import synthetic_image
 from depthlm_ros.cards import ModelCard, load_card
 from depthlm_ros.engines.options import EngineOptions
 from depthlm_ros.engines.served.engine import Served, open_served

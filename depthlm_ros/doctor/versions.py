@@ -15,7 +15,7 @@ from depthlm_ros.doctor.world import Child, World
 from depthlm_ros.engines import REQUIRED, REQUIRED_FOR_SIZES
 from depthlm_ros.machine import THOR, Machine
 
-# What each engine imports of the two, at the least; transformers and openai check their versions too.
+# What each engine imports of the two, at the least; those of CHECKED check their versions too.
 NEEDS = {
     "transformers": ("torch", "transformers"), "openai": ("transformers",), "tensorrt": ("torch",),
     "tensorrt_llm": ("torch", "transformers"), "edge_llm": ("transformers",), "onnxruntime": (),

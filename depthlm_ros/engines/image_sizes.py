@@ -58,13 +58,14 @@ class ImageSizes:
         """
         check_image(image)
         size = image.shape[:2]
-        if size not in self._shown_hw:
+        shown_hw = self._shown_hw.get(size)
+        if shown_hw is None:
             if len(self._shown_hw) >= _REMEMBERED_SIZES:
                 self._shown_hw.clear()
             _, (h, w) = self._prepared([image], "np")
-            self._shown_hw[size] = h * self.patch_px, w * self.patch_px
-        height, width = self._shown_hw[size]
-        if (height, width) == size:
+            shown_hw = self._shown_hw[size] = h * self.patch_px, w * self.patch_px
+        height, width = shown_hw
+        if shown_hw == size:
             return image
         resized = Image.fromarray(image).resize((width, height), Image.Resampling(self._image_processor.resample))
         return np.asarray(resized)
@@ -82,12 +83,13 @@ class ImageSizes:
 
     def _read_qwen_sizes(self, folder: Path) -> None:
         processor = self._image_processor
-        told = read_json(folder / "preprocessor_config.json")
+        # Newer checkpoints have them in the file of the whole processor; transformers knows which counts.
+        told, _ = type(processor).get_image_processor_dict(folder, local_files_only=True)
         edges = ("shortest_edge", "longest_edge")
         size = {edge: (told.get("size") or {}).get(edge) for edge in edges}
         as_told = size == {edge: processor.size[edge] for edge in edges}
         if not (as_told or None in size.values() or told.keys() & {"min_pixels", "max_pixels"}):
-            # transformers 4.57 reads the file's and then takes Qwen2-VL's all the same, at most 1 MP.
+            # transformers 4.57 reads them and then takes Qwen2-VL's all the same, at most 1 MP.
             processor.size = size
             processor.min_pixels, processor.max_pixels = size["shortest_edge"], size["longest_edge"]
         merge = processor.merge_size

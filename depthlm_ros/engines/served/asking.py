@@ -150,15 +150,16 @@ def retry_after(response: Response) -> float | None:
         until = _date(value)
         # By the server's own clock, which may be another than ours.
         now = _date(response.headers.get("date", "")) or datetime.now(timezone.utc)
-        if until is None:
+        seconds = (until - now).total_seconds() if until is not None else 0.0
+        # A date that has passed says nothing about now.
+        if seconds <= 0:
             return None
-        seconds = (until - now).total_seconds()
     return max(0.0, seconds) if seconds < 3600 else None
 
 
 def _date(text: str) -> datetime | None:
     try:
         date = parsedate_to_datetime(text)
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
     return date if date.tzinfo else date.replace(tzinfo=timezone.utc)

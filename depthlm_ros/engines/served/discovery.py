@@ -26,7 +26,7 @@ from depthlm_ros.engines.served.images import Picture
 from depthlm_ros.engines.worded import Reply
 
 PAGE_S = 2.0
-# At the start nobody asks a second time: a machine that has much to do then may take longer for a page.
+# At the start, where no server may be up that could be asked instead, and a machine has much to do.
 FIRST_PAGE_S = 10.0
 # The first question of a server may have it compile, or load the model.
 FIRST_S = 30.0
@@ -94,7 +94,8 @@ def discover(client: Client, wish: Wish, timeout_s: float | None = None) -> Peer
     Args:
         client: of the server.
         wish: what is looked for.
-        timeout_s: longest wait for the answer to the question; None waits as a server needs at its start.
+        timeout_s: longest wait for the answer to the question; None waits as a server needs at its start, and for each
+            of its pages `FIRST_PAGE_S` instead of `PAGE_S`.
 
     Raises:
         Refused, TimedOut, Broken: it can't be reached, or doesn't speak HTTP.

@@ -57,7 +57,8 @@ def open_served(source: str | Path, card: ModelCard, options: EngineOptions) -> 
     """Asks the servers who they are.
 
     Args:
-        source: folder or hub id of the model that the servers serve; its processor's settings are read, no weights.
+        source: folder or hub id of the model that the servers serve; its image processor's settings are read, no
+            weights and no tokenizer: whether the chat template fits the prompts is for the parity check to find out.
         card: the model's; its system text is sent with every question.
         options: URLs, key and limits.
 
