@@ -171,9 +171,11 @@ def test_a_process_that_stands_still_is_given_up_and_asked_again_when_it_moves(t
     try:
         before = engine.answer_shared(IMAGE, QUESTIONS, 8)
         transformers_serve.signal(signal.SIGSTOP)
-        engine.deadline = time.monotonic() + 3.0
-        with pytest.raises(EngineError, match=transformers_serve.url):
-            engine.answer_shared(IMAGE, QUESTIONS, 8)
+        # A frame that has waited for a moment only says nothing about the server; the second in a row does.
+        for _ in range(2):
+            engine.deadline = time.monotonic() + 3.0
+            with pytest.raises(EngineError, match=transformers_serve.url):
+                engine.answer_shared(IMAGE, QUESTIONS, 8)
         assert any(transformers_serve.url in text for text in engine.complaints)
         transformers_serve.signal(signal.SIGCONT)
         engine.deadline = None
