@@ -116,6 +116,16 @@ def test_the_layout_is_the_published_one(folder, out):
     assert PromptProcessor(open_processor(out)).grid == grid
 
 
+def test_of_two_files_with_settings_for_images_the_one_that_transformers_takes_counts(folder, out, tmp_path):
+    both = shutil.copytree(folder, tmp_path / "both")
+    older = json.loads((both / "preprocessor_config.json").read_text())
+    (both / "processor_config.json").write_text(json.dumps({"image_processor": {**older, "image_mean": [0.4] * 3}}))
+    (both / "preprocessor_config.json").write_text(json.dumps({**older, "image_mean": [0.3] * 3}))
+    export(both, out)
+    assert json.loads((out / "preprocessor_config.json").read_text())["image_mean"] == [0.4] * 3
+    assert list(PromptProcessor(open_processor(both))._image_processor.image_mean) == [0.4] * 3
+
+
 def test_limits_hold_the_longest_question_and_no_more(folder, out):
     manifest = export(folder, out, max_batch_size=8, gpu_memory=0.3)
     settings = yaml.safe_load((out / "llm_api.yaml").read_text())

@@ -28,8 +28,7 @@ from safetensors.torch import save_file
 
 from depthlm_ros.cards import CARD_FILE
 from depthlm_ros.engines.base import ImageGrid
-from depthlm_ros.engines.checkpoint import HEAD_PREFIX, SMALL_FILES, Checkpoint
-from depthlm_ros.engines.tensorrt_llm_formats import read_json
+from depthlm_ros.engines.checkpoint import HEAD_PREFIX, SMALL_FILES, Checkpoint, read_json
 from depthlm_ros.errors import ModelError
 from depthlm_ros.manifest import ENGINE_FILE
 
@@ -286,7 +285,8 @@ def _tokenizer(config: dict[str, Any]) -> dict[str, Any]:
 
 def _write_processor(folder: Path, out: Path, architecture: str, grid: ImageGrid) -> None:
     whole = read_json(folder / "processor_config.json")
-    settings = read_json(folder / "preprocessor_config.json") or whole.get("image_processor")
+    # In this order, as transformers 5 reads them.
+    settings = whole.get("image_processor") or read_json(folder / "preprocessor_config.json")
     if not settings:
         raise ModelError(f"{folder} has no preprocessor_config.json; copy it from the model that it was trained from")
     settings = {key: value for key, value in settings.items() if key != "auto_map"}

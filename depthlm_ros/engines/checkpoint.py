@@ -128,7 +128,7 @@ def load_part(factory: type, folder: Path) -> Any:
 
 
 def read_json(path: Path) -> dict:
-    """A small file of a checkpoint; empty where there is none.
+    """The JSON mapping in a small file of a checkpoint; empty where there is no file, or no mapping in it.
 
     Raises:
         ModelError: it isn't JSON.
@@ -136,9 +136,10 @@ def read_json(path: Path) -> dict:
     if not path.is_file():
         return {}
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ModelError(f"{path} is not valid JSON ({error}); copy it again") from error
+    return data if isinstance(data, dict) else {}
 
 
 def check_architecture(config: dict, name: str) -> None:

@@ -7,12 +7,11 @@ backend that upstream removed. Jetsons are no hardware of it at all (its page "S
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from depthlm_ros.engines.checkpoint import read_json
 from depthlm_ros.errors import ConfigError, ModelError
 
 PLAIN = ("bfloat16", "float16")
@@ -164,18 +163,3 @@ def stored_format(folder: Path) -> str:
         f"{folder} is quantised by {method!r} with {algorithm!r}, which TensorRT-LLM isn't known to load; quantise the "
         f"original with NVIDIA's Model Optimizer, {HOW_TO_QUANTISE.format(format='fp8')}"
     )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON mapping; empty where the file is absent or holds something else.
-
-    Raises:
-        ModelError: it isn't JSON.
-    """
-    if not path.is_file():
-        return {}
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{path} is not valid JSON ({error}); copy it again") from error
-    return data if isinstance(data, dict) else {}
